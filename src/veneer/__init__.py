@@ -1,0 +1,52 @@
+"""veneer: parameter-efficient fine-tuning. Thin trainable layers over one frozen model.
+
+Names are imported when first used, so that ``import veneer`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "veneer.adapters",
+    "Base": "veneer.adapters",
+    "HeadOnly": "veneer.methods.head",
+    "LoRA": "veneer.methods.lora",
+    "Method": "veneer.methods",
+    "Trainer": "veneer.training",
+    "evaluate": "veneer.evaluation",
+    "load_adapter": "veneer.tasks",
+    "load_base": "veneer.tasks",
+    "predict": "veneer.evaluation",
+    "train": "veneer.training",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from veneer.adapters import Adapter as Adapter
+    from veneer.adapters import Base as Base
+    from veneer.evaluation import evaluate as evaluate
+    from veneer.evaluation import predict as predict
+    from veneer.methods import Method as Method
+    from veneer.methods.head import HeadOnly as HeadOnly
+    from veneer.methods.lora import LoRA as LoRA
+    from veneer.tasks import load_adapter as load_adapter
+    from veneer.tasks import load_base as load_base
+    from veneer.training import Trainer as Trainer
+    from veneer.training import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

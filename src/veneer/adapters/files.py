@@ -1,0 +1,227 @@
+"""Adapter folders, in peft's layout with ``veneer.json`` beside it.
+
+    adapter_config.json         the method, in peft's words where peft has it
+    adapter_model.safetensors   the adapter's state dict, under peft's names
+    veneer.json                 what peft has no place for: the base's fingerprint, hashes, task, metrics, versions
+
+peft, vLLM, TGI and llama.cpp's converter read the first two; folders peft wrote (without the third) load as well.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.adapters.adapter import PREFIX, Adapter
+from veneer.errors import AdapterError, AdapterFileError, BaseMismatch
+from veneer.methods import Method, method_from_config
+from veneer.methods.registry import method_for_peft_type
+from veneer.storage import new_folder, sha256, write_json
+
+if TYPE_CHECKING:
+    from veneer.adapters.base import Base
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
+_FORMAT = 1
+
+
+def save(adapter: Adapter, folder: str | Path) -> None:
+    """Write ``adapter`` to ``folder``, replacing an adapter that is there; all or nothing.
+
+    Raises:
+        OutputError: the folder cannot be written; what was there is untouched.
+        AdapterError: the folder exists and holds something else.
+    """
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise AdapterError(f"{path} exists and is no adapter folder; give a new or an empty one.")
+    with new_folder(path) as new:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        write_json(new / CONFIG, _peft_config(adapter))
+        write_json(new / RECORD, _record(adapter, sha256(new / WEIGHTS)))
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """``veneer.json`` of an adapter folder; empty where there is none.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or the file is broken.
+    """
+    path = adapter_folder(folder)
+    return _json(path / RECORD) if (path / RECORD).exists() else {}
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """The adapter folder meant by ``folder``: itself, or the one inside a training run's folder.
+
+    Raises:
+        AdapterFileError: there is none.
+    """
+    path = Path(folder)
+    for candidate in (path, path / "adapter"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    what = "does not exist" if not path.exists() else f"has no {CONFIG}"
+    raise AdapterFileError(f"{path} is no adapter folder: it {what}.")
+
+
+def base_name(folder: str | Path) -> str:
+    """The name of the base an adapter folder was made for.
+
+    Raises:
+        AdapterFileError: the folder doesn't say.
+    """
+    path = adapter_folder(folder)
+    name = read_record(path).get("base", {}).get("name") or _json(path / CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise AdapterFileError(f"{path} does not say which base it is for; load the base and use base.load().")
+    return str(name)
+
+
+def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
+    """Attach the adapter in ``folder`` to ``base``.
+
+    Raises:
+        AdapterFileError: the folder is no intact adapter, or one veneer cannot read.
+        BaseMismatch: it was made for another base.
+    """
+    path = adapter_folder(folder)
+    record, config = read_record(path), _json(path / CONFIG)
+    state = _weights(path / WEIGHTS, record)
+    _check_base(base, path, record)
+    in_full = tuple(config.get("modules_to_save") or ())
+    modules = _modules_in_full(state, in_full)
+    adapter = base.attach(
+        _method(path, config, record, base, state),
+        name or (path.parent.name if path.name == "adapter" else path.name).replace(".", "-"),
+        modules=modules,
+        task=record.get("task"),
+    )
+    adapter.record = dict(record.get("training", {}))
+    try:
+        _fill(adapter, state, path)
+    except AdapterFileError:
+        base.detach(adapter.name)
+        raise
+    return adapter
+
+
+def _peft_config(adapter: Adapter) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "peft_type": adapter.method.peft_type,
+        "task_type": adapter.task.get("peft_task_type"),
+        "base_model_name_or_path": adapter.base.name,
+        "revision": adapter.base.revision,
+        "inference_mode": True,
+        "modules_to_save": sorted(adapter.modules_in_full) or None,
+    }
+    return config | adapter.method.to_peft(adapter.sites, adapter.base.sites)
+
+
+def _record(adapter: Adapter, weights_hash: str) -> dict[str, Any]:
+    import transformers
+
+    import veneer
+
+    return {
+        "format": _FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base": {
+            "name": adapter.base.name,
+            "revision": adapter.base.revision,
+            "class": type(adapter.base.model).__name__,
+            "fingerprint": adapter.base.fingerprint,
+        },
+        "method": {"name": adapter.method.name, **adapter.method.model_dump(mode="json")},
+        "task": adapter.task,
+        "trainable": adapter.trainable,
+        "training": adapter.record,
+        "sha256": {WEIGHTS: weights_hash},
+        "versions": {
+            "veneer": veneer.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path} is no JSON object.")
+    return value
+
+
+def _weights(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise AdapterFileError(f"{path.parent} has no {WEIGHTS}. Pickled weights (.bin) are never read.")
+    expected = record.get("sha256", {}).get(WEIGHTS)
+    if expected and sha256(path) != expected:
+        raise AdapterFileError(f"{path} is damaged: it is not the file {RECORD} describes. Get it again.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}.") from error
+
+
+def _check_base(base: Base, path: Path, record: Mapping[str, Any]) -> None:
+    made_for = record.get("base", {})
+    if made_for.get("fingerprint", base.fingerprint) != base.fingerprint:
+        raise BaseMismatch(
+            f"{path} was made for the base {made_for.get('name')!r}, whose weights are not those of "
+            f"{base.name!r}. Load that base, or train the adapter anew on this one."
+        )
+
+
+def _method(path: Path, config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]) -> Method:
+    if method := record.get("method"):
+        return method_from_config(method)
+    peft_type = str(config.get("peft_type"))
+    if (cls := method_for_peft_type(peft_type)) is None:
+        raise AdapterFileError(f"{path} holds a {peft_type} adapter, which veneer does not read yet.")
+    return cls.from_peft(config)
+
+
+def _modules_in_full(state: Mapping[str, Tensor], in_full: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """peft's ``modules_to_save``: names (or ends of paths) of modules, whose parameters the file holds whole."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+        if any(f".{path}.".find(f".{name}.") >= 0 for name in in_full):
+            found.setdefault(path, {})[leaf] = tensor
+    return found
+
+
+def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the file's tensors into the adapter's parameters, which must be the same ones in the same shapes."""
+    own = adapter.state_dict(keep_vars=True)
+    wrong = [f"misses {key}" for key in sorted(own.keys() - state.keys())]
+    wrong += [f"has {key}, which has no place" for key in sorted(state.keys() - own.keys())]
+    wrong += [
+        f"has {key} as {list(state[key].shape)}, not {list(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise AdapterFileError(
+            f"{path} does not fit {type(adapter.base.model).__name__} {adapter.base.name!r}: "
+            f"it {'; it '.join(wrong[:3])}{more}. Is it for another base, or for another task?"
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(state[key])

@@ -1,0 +1,8 @@
+"""Bases: loading pretrained models, telling them apart, and the map of sites in them."""
+
+from veneer.bases.catalogue import CATALOGUE, Entry
+from veneer.bases.loading import load_pretrained
+from veneer.bases.pretrained import Pretrained
+from veneer.bases.sites import Site, SiteMap
+
+__all__ = ["CATALOGUE", "Entry", "Pretrained", "Site", "SiteMap", "load_pretrained"]

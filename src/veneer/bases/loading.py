@@ -1,0 +1,165 @@
+"""Finding and loading a base: a catalogue name, a local folder, a GGUF file, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.bases.catalogue import CATALOGUE
+from veneer.bases.pretrained import Pretrained
+from veneer.errors import BaseError, FetchError, did_you_mean
+from veneer.packages import offline as no_network
+
+
+def load_pretrained(
+    name: str | os.PathLike[str],
+    *,
+    auto_class: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+    **config: Any,
+) -> Pretrained:
+    """Load a pretrained model and its tokenizer.
+
+    Args:
+        name: a catalogue name, a folder with safetensors, a ``.gguf`` file, or a hub id.
+        auto_class: the transformers auto class to load with; by default the one the checkpoint was saved as.
+        dtype: ``"auto"`` keeps the checkpoint's, except that a half-precision type which this device computes
+            slowly or not at all is replaced: by bfloat16 where that is fast, else by float32.
+        device: by default CUDA, MPS or CPU, the first there is.
+        revision: of a hub id.
+        offline: True forbids all downloads; None leaves it to ``VENEER_OFFLINE`` and ``HF_HUB_OFFLINE``.
+        config: settings of the model's config, such as ``num_labels``.
+
+    Raises:
+        BaseError: the name leads to nothing that transformers can load.
+        FetchError: a download failed or is forbidden.
+    """
+    import transformers
+
+    device = torch.device(device) if device is not None else default_device()
+    source, where = _locate(str(name), revision, no_network(offline))
+    options = {**where, **config}
+    try:
+        settings = transformers.AutoConfig.from_pretrained(source, **where)
+        cls = getattr(transformers, auto_class or _default_auto_class(settings))
+        if "gguf_file" in where:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, info = cls.from_pretrained(
+            source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _explained(str(name), error) from error
+    model.to(device).eval()
+    local = Path(source) / where["gguf_file"] if "gguf_file" in where else Path(source)
+    return Pretrained(
+        model,
+        _tokenizer(source, where),
+        name=str(name),
+        revision=revision or getattr(settings, "_commit_hash", None),
+        folder=local if local.exists() else None,
+        missing=info["missing_keys"],
+    )
+
+
+def default_device() -> torch.device:
+    """CUDA, then Apple's MPS, then CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices at full speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "mps"
+
+
+def _dtype(asked: torch.dtype | str, settings: Any, device: torch.device) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked != "auto":
+        found = getattr(torch, asked, None)
+        if not isinstance(found, torch.dtype):
+            raise BaseError(f"{asked!r} is no dtype; use auto, float32, bfloat16 or float16.")
+        return found
+    stored = getattr(settings, "dtype", None) or torch.float32
+    if stored == torch.float16 and device.type == "cpu":
+        stored = torch.bfloat16
+    if stored == torch.bfloat16 and not fast_bfloat16(device):
+        return torch.float32
+    return stored
+
+
+def _locate(name: str, revision: str | None, no_downloads: bool) -> tuple[str, dict[str, Any]]:
+    """What to hand to ``from_pretrained``: a source and its options."""
+    if name in CATALOGUE:
+        return str(CATALOGUE[name].fetch(no_network=no_downloads)), {"local_files_only": True}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseError(f"There is no file {path}.")
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            what = " It looks like an adapter; load it with veneer.load_adapter." if _is_adapter(path) else ""
+            raise BaseError(f"{path} is no model folder: it has no config.json.{what}")
+        return str(path), {"local_files_only": True}
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise BaseError(f"There is no folder {path}.")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if no_downloads:
+        options["local_files_only"] = True
+    return name, options
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def _explained(name: str, error: Exception) -> BaseError | FetchError:
+    """Turn transformers' page of possible causes into one sentence."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "/" in name or Path(name).exists():
+        if any(word in str(error) for word in ("offline", "connect", "cached files", "couldn't find them")):
+            return FetchError(
+                f"{name} is not on this machine and the hub cannot be reached ({first}). "
+                f"Without a hub, use a local folder or one of: {', '.join(CATALOGUE)}."
+            )
+        return BaseError(f"Cannot load {name!r} as a base: {first}")
+    return BaseError(
+        f"No base called {name!r}: it is no folder here, not in the catalogue "
+        f"({', '.join(CATALOGUE)}), and not to be had from the hub.{did_you_mean(name, CATALOGUE)}"
+    )
+
+
+def _default_auto_class(settings: Any) -> str:
+    """The auto class of the architecture the checkpoint was saved as, which need not be a bare backbone."""
+    from transformers.models.auto import modeling_auto as auto
+
+    saved = (getattr(settings, "architectures", None) or [""])[0]
+    for names, cls in (
+        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
+        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
+        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForSequenceClassification"),
+    ):
+        if saved in names.values() or (not saved and settings.model_type in names):
+            return cls
+    return "AutoModel"
+
+
+def _tokenizer(source: str, where: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError):
+        return None  # vision and speech bases have none; tasks that need one say so

@@ -1,0 +1,74 @@
+"""Every error veneer raises on purpose.
+
+Each message says what is wrong, where, and what to do about it. A domain error also subclasses the standard
+error it refines, so that ``except ValueError`` or ``except OSError`` written by a caller keeps working.
+
+    VeneerError
+    ├── ConfigError        (ValueError)   a config key, value or combination
+    ├── UnknownName        (LookupError)  a method, task, model or adapter nobody registered
+    ├── TargetError        (ValueError)   targets that match nothing in the base
+    ├── BaseError          (ValueError)   something that cannot serve as a base
+    │   └── BaseMismatch                  an adapter made for another base
+    ├── AdapterError       (ValueError)   attaching, activating or reading an adapter
+    │   └── AdapterFileError              a folder that is no intact adapter
+    ├── DataError          (ValueError)   a data file or a row in it
+    ├── OutputError        (OSError)      something in the way of what is to be written
+    └── FetchError         (OSError)      a download that could not be had
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VeneerError(Exception):
+    """Root of the tree: catch it to catch everything veneer raises on purpose."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """A config key, value or combination of them is wrong."""
+
+
+class UnknownName(VeneerError, LookupError):
+    """A method, task, model or adapter of that name is not known."""
+
+
+class TargetError(VeneerError, ValueError):
+    """Targets match nothing, or less than was asked for, in this base."""
+
+
+class BaseError(VeneerError, ValueError):
+    """Something given as a base cannot serve as one."""
+
+
+class BaseMismatch(BaseError):
+    """The adapter was made for another base."""
+
+
+class AdapterError(VeneerError, ValueError):
+    """An adapter cannot be attached, activated or read."""
+
+
+class AdapterFileError(AdapterError):
+    """A folder is not an intact adapter."""
+
+
+class DataError(VeneerError, ValueError):
+    """A data file, or a row in it, is not what the task needs."""
+
+
+class OutputError(VeneerError, OSError):
+    """Something stands in the way of what is to be written."""
+
+
+class FetchError(VeneerError, OSError):
+    """Something to be downloaded could not be had, or is not what was pinned."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """``" Did you mean 'rank'?"``, or the empty string when nothing is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=limit, cutoff=0.55)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?"

@@ -1,0 +1,92 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, §4.1).
+
+    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ,     s = α / r, or α / √r when rank-stabilised (Kalajdzievski 2023)
+
+A is Kaiming-uniform(√5), as in the authors' code; B is zero, so the adapted model starts out bit-equal to the
+base. Trained and stored: r · (in + out) numbers a site. Merges into the weight.
+
+Use it first: it learns well on all linear layers at about ten times full fine-tuning's learning rate, costs
+nothing once merged, and every server reads it. Prefer a smaller method where thousands of adapters must be kept
+or only some dozen rows are there to learn from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from veneer.bases import Site, SiteMap
+from veneer.bases.sites import ALL_LINEAR
+from veneer.deltas import LowRank
+from veneer.errors import AdapterFileError
+from veneer.methods.base import Lowering, Method
+
+# Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
+_NOT_READ = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "use_qalora")
+_NOT_READ += ("trainable_token_indices", "target_parameters", "alora_invocation_tokens")
+
+
+class LoRA(Method):
+    """Low-rank adaptation of linear maps."""
+
+    name: ClassVar[str] = "lora"
+    summary: ClassVar[str] = "low-rank update of linear maps; the one to try first"
+    learning_rate: ClassVar[float] = 5e-4
+    peft_type: ClassVar[str] = "LORA"
+    peft_names: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "targets",
+        "use_rslora": "rank_stabilized",
+    }
+
+    rank: int = Field(16, ge=1)
+    """Rank r of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of zeroing an input feature of A in training."""
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    """Where: all-linear, attention, mlp, roles (q, k, v, o, up, gate, down) or module names."""
+    rank_stabilized: bool = False
+    """Scale by alpha / √rank instead, so that large ranks learn as fast."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def sites(self, sites: SiteMap) -> Sequence[Site]:
+        """The linear maps that `targets` pick."""
+        return sites.resolve(self.targets)
+
+    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """``A [r, in]`` Kaiming-uniform, ``B [out, r]`` zero."""
+        bound = 1 / math.sqrt(site.in_features)  # what kaiming_uniform_(a=√5) comes to
+        a = torch.empty(self.rank, site.in_features).uniform_(-bound, bound, generator=generator)
+        return {"lora_A.weight": a, "lora_B.weight": torch.zeros(site.out_features, self.rank)}
+
+    def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> LowRank:
+        """One low-rank delta."""
+        dropout = self.dropout if step.training else 0.0
+        return LowRank(parameters["lora_A.weight"], parameters["lora_B.weight"], self.scale, dropout)
+
+    def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
+        """With ``target_modules`` in module names: peft knows neither roles nor groups."""
+        names = {"target_modules": site_map.shortest_names(sites)}
+        return super().to_peft(sites, site_map) | names | {"bias": "none", "init_lora_weights": True}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        """Refuses settings that would change the result: DoRA, biases, per-module ranks and the like."""
+        odd = [key for key in _NOT_READ if config.get(key)]
+        odd += ["bias"] if config.get("bias", "none") != "none" else []
+        if odd:
+            raise AdapterFileError(f"This LoRA adapter uses {', '.join(odd)}, which veneer does not read yet.")
+        return super().from_peft(config)

@@ -1,0 +1,64 @@
+"""Methods by name. A file dropped into this folder is found; nothing lists them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from veneer import methods as package
+from veneer.errors import ConfigError, UnknownName, did_you_mean
+from veneer.methods.base import Method
+
+
+@cache
+def methods() -> Mapping[str, type[Method]]:
+    """All methods, by name."""
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return {cls.name: cls for cls in sorted(_leaves(Method), key=lambda cls: cls.name)}
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        UnknownName: there is none.
+    """
+    known = methods()
+    if name not in known:
+        raise UnknownName(
+            f"No method called {name!r}.{did_you_mean(name, known)} `veneer methods` lists them: "
+            f"{', '.join(known)}."
+        )
+    return known[name]
+
+
+def method_from_config(config: str | Mapping[str, Any] | Method) -> Method:
+    """A method from ``"lora"``, ``{"name": "lora", "rank": 8}`` or a method itself.
+
+    Raises:
+        ConfigError: no name is given.
+        UnknownName: the name is not known.
+        pydantic.ValidationError: a field is wrong.
+    """
+    if isinstance(config, Method):
+        return config
+    fields = {"name": config} if isinstance(config, str) else dict(config)
+    if "name" not in fields:
+        raise ConfigError(f"`method` needs a name: one of {', '.join(methods())}.")
+    return method_class(str(fields.pop("name")))(**fields)
+
+
+def method_for_peft_type(peft_type: str) -> type[Method] | None:
+    """The method that reads and writes this ``peft_type``, if there is one."""
+    return next((cls for cls in methods().values() if cls.peft_type == peft_type), None)
+
+
+def _leaves(cls: type[Method]) -> list[type[Method]]:
+    found = [cls] if "name" in vars(cls) else []
+    for sub in cls.__subclasses__():
+        found += _leaves(sub)
+    return found
