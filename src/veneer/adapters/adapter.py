@@ -46,7 +46,6 @@ class Adapter(nn.Module):
         method: Method,
         sites: Sequence[Site],
         values: Mapping[str, Mapping[str, Tensor]],
-        modules: Mapping[str, Mapping[str, Tensor]],
         task: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class Adapter(nn.Module):
         self.task = dict(task)
         self.record: dict[str, Any] = {}
         self._at_sites = {path: self._own(path, tensors) for path, tensors in values.items()}
-        self._modules_in_full = {path: self._own(path, tensors) for path, tensors in modules.items()}
+        self._modules_in_full: dict[str, dict[str, nn.Parameter]] = {}
 
     @classmethod
     def over(cls, model: nn.Module) -> type[Self]:
@@ -92,6 +91,10 @@ class Adapter(nn.Module):
     def parameters_at(self, path: str) -> Mapping[str, nn.Parameter]:
         """Its parameters at one site, by the method's names for them."""
         return self._at_sites[path]
+
+    def own_modules(self, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over modules of the base: they run on parameters of this adapter, with these initial values."""
+        self._modules_in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
 
     @property
     def modules_in_full(self) -> Mapping[str, Mapping[str, nn.Parameter]]:

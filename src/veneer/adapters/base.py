@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -85,20 +85,26 @@ class Base(Pretrained):
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
         values = {site.path: method.parameters(site, generator) for site in sites}
-        modules = dict(modules or {})
-        if clash := set(values) & set(modules):
-            raise TargetError(f"{', '.join(sorted(clash))} cannot be adapted and trained in full at once.")
-        adapter = Adapter.over(self.model)(self, name, method, sites, values, modules, task or {})
+        adapter = Adapter.over(self.model)(self, name, method, sites, values, task or {})
         adapter.train(self.model.training)
         if not self.adapters:
             self._freeze()
         self._bank().add_module(name, adapter)
         self.adapters = {**self.adapters, name: adapter}
-        for path in (*values, *modules):
-            if path not in self._handles:
-                hooks = SiteHooks(path, self._execution)
-                self._handles[path] = hooks.install(self.model.get_submodule(path))
+        self._hook(values)
+        self.train_in_full(adapter, modules or {})
         return adapter
+
+    def train_in_full(self, adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Let an attached adapter run modules (a task's head) on parameters of its own, with these initial values.
+
+        Raises:
+            TargetError: the adapter's method acts on one of them already.
+        """
+        if clash := {site.path for site in adapter.sites} & set(modules):
+            raise TargetError(f"{', '.join(sorted(clash))} cannot be adapted and trained in full at once.")
+        adapter.own_modules(modules)
+        self._hook(modules)
 
     def detach(self, name: str) -> Adapter:
         """Take an adapter off; with the last one the model is as it was before the first.
@@ -157,6 +163,10 @@ class Base(Pretrained):
             {"use_reentrant": False, "context_fn": self._execution.checkpoint_contexts}
         )
 
+    def disable_checkpointing(self) -> None:
+        """Undo `enable_checkpointing`."""
+        self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+
     def load(self, folder: Any, name: str | None = None) -> Adapter:
         """Attach the adapter saved in a folder (ours or peft's).
 
@@ -171,6 +181,12 @@ class Base(Pretrained):
         from veneer.adapters.files import load
 
         return load(self, folder, name)
+
+    def _hook(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if path not in self._handles:
+                module = self.model.get_submodule(path)
+                self._handles[path] = SiteHooks(path, self._execution).install(module)
 
     def _check_name(self, name: str) -> None:
         if not name.replace("-", "_").replace("_", "a").isalnum() or not name.isascii():

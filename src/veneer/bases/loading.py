@@ -56,10 +56,13 @@ def load_pretrained(
     except (OSError, ValueError, KeyError) as error:
         raise _explained(str(name), error) from error
     model.to(device).eval()
+    tokenizer = _tokenizer(source, where)
+    if getattr(model.config, "pad_token_id", None) is None and tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # sequence classification looks for the last real token
     local = Path(source) / where["gguf_file"] if "gguf_file" in where else Path(source)
     return Pretrained(
         model,
-        _tokenizer(source, where),
+        tokenizer,
         name=str(name),
         revision=revision or getattr(settings, "_commit_hash", None),
         folder=local if local.exists() else None,
@@ -160,6 +163,9 @@ def _tokenizer(source: str, where: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked; labels are made from rows, not from it
+        return tokenizer
     except (OSError, ValueError, KeyError):
         return None  # vision and speech bases have none; tasks that need one say so

@@ -1,0 +1,171 @@
+"""What a task is: how rows become model inputs, what is to be minimised, and what comes out in the end."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from veneer.adapters import Base
+from veneer.data import Format, detect
+from veneer.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch's loss, in sums, so that batches of any size add up exactly.
+
+    Attributes:
+        loss: summed over items (labelled tokens, or rows), a scalar that carries gradients.
+        items: how many.
+        correct: how many of them the model would have chosen.
+    """
+
+    loss: Tensor
+    items: Tensor
+    correct: Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows turned into model inputs.
+
+    Attributes:
+        examples: one a row, or several for a long text.
+        truncated: rows cut at the longest length allowed.
+        dropped: rows with nothing left to learn.
+        longest: tokens of the longest example.
+    """
+
+    examples: Dataset
+    truncated: int
+    dropped: int
+    longest: int
+
+
+class Task(BaseModel):
+    """A task and its settings, kept with the adapter that is trained for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    """What configs call it."""
+    auto_class: ClassVar[str]
+    """The transformers auto class that has its head."""
+    kinds: ClassVar[tuple[str, ...]]
+    """Kinds of base it suits, best first."""
+    formats: ClassVar[tuple[Format, ...]]
+    """Row formats it takes."""
+    peft_task_type: ClassVar[str]
+    """peft's word for it."""
+    item: ClassVar[str]
+    """What its loss is averaged over, in plural."""
+
+    max_length: int = Field(DEFAULT_MAX_LENGTH, ge=2)
+    """Longest input in tokens."""
+
+    @classmethod
+    @abstractmethod
+    def for_rows(cls, rows: Dataset, base: Base | None, **settings: Any) -> Self:
+        """The task with what can be told from the data (labels) and the base (its template)."""
+
+    def head(self, base: Base, *, seed: int) -> dict[str, dict[str, Tensor]]:
+        """Initial values of the modules it trains in full, by path and parameter name; none by default."""
+        return {}
+
+    @abstractmethod
+    def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+        """Model inputs of one row: dicts with ``input_ids``, ``labels`` and ``truncated``."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        """A batch of them."""
+
+    @abstractmethod
+    def items(self, batch: Mapping[str, Tensor]) -> int:
+        """How many items of loss a batch holds (labelled tokens, or rows)."""
+
+    @abstractmethod
+    def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
+        """Loss and hits of ``model`` (an adapter, or a plain base) on a batch."""
+
+    @abstractmethod
+    def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
+        """What to report of a validation during training, from its mean loss and share of hits."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+        """Answers to rows, in their order."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Metric -> its value on each row, for rows that have an answer to compare with."""
+
+    @abstractmethod
+    def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
+        """A row's question, the answer expected (if known) and the one given, as text for people."""
+
+    def prepare(self, rows: Dataset, tokenizer: Any) -> Prepared:
+        """Encode all rows, on disk where the rows are.
+
+        Raises:
+            DataError: the rows have a format this task does not take, or nothing is left of them.
+        """
+        self.check_format(rows)
+        examples = rows.map(
+            _encode_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            fn_kwargs={"task": self, "tokenizer": tokenizer},
+            new_fingerprint=self._cache_key(rows, tokenizer),
+            desc="Tokenizing",
+        )
+        if not len(examples):
+            raise DataError(f"None of the {len(rows)} rows has anything to learn within {self.max_length} tokens.")
+        told = examples.with_format("numpy")
+        dropped = len(rows) - len(set(told["row"][:]))
+        truncated, longest = int(told["truncated"][:].sum()), int(told["length"][:].max())
+        return Prepared(examples.remove_columns(["row", "truncated"]), truncated, dropped, longest)
+
+    def check_format(self, rows: Dataset) -> None:
+        """Raises DataError if these rows are not for this task."""
+        format = detect(rows.column_names)
+        if format not in self.formats:
+            wanted = "; or ".join(", ".join(f.columns) for f in self.formats)
+            raise DataError(
+                f"Task {self.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Itself as a plain mapping, for an adapter's files."""
+        return {"name": self.name, "peft_task_type": self.peft_task_type, **self.model_dump(mode="json")}
+
+    def _cache_key(self, rows: Dataset, tokenizer: Any) -> str:
+        """What the encoded rows depend on: the rows, these settings, the tokenizer and its template."""
+        parts = [rows._fingerprint, self.name, self.model_dump_json(), str(getattr(tokenizer, "chat_template", ""))]
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts.append(backend.to_str() if backend else repr(tokenizer))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _encode_batch(
+    batch: Mapping[str, list[Any]], indices: Sequence[int], task: Task, tokenizer: Any
+) -> dict[str, list[Any]]:
+    encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": [], "length": [], "row": []}
+    for index, *values in zip(indices, *batch.values(), strict=True):
+        for example in task.encode(dict(zip(batch, values, strict=True)), tokenizer):
+            example |= {"length": len(example["input_ids"]), "row": index}
+            for name, column in encoded.items():
+                column.append(example[name])
+    return encoded

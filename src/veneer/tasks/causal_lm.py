@@ -1,0 +1,286 @@
+"""Causal language modelling: going on with a text, or answering in it.
+
+Loss on the answers only, and always on the token that ends them. A row is cut into segments, given ones and
+learned ones, each tokenised by itself: then the tokens of a prompt are the very same in training as in
+generation, where the prompt stands alone.
+
+    messages / prompt, completion   the template's text around each turn is given, the assistant's turns are learned
+    text                            all of it is learned; long texts go into several examples, none is cut off
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from veneer.adapters import Adapter, Base
+from veneer.data import Format
+from veneer.errors import ConfigError, DataError
+from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Segment: TypeAlias = tuple[str, bool]
+"""A piece of text, and whether it is to be learned."""
+
+IGNORED = -100
+"""Label of a token that carries no loss; cross_entropy's own default."""
+
+
+class CausalLM(Task):
+    """Learn to go on with a text, or to answer prompts."""
+
+    name: ClassVar[str] = "causal-lm"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
+    formats: ClassVar[tuple[Format, ...]] = (Format.MESSAGES, Format.PROMPT_COMPLETION, Format.TEXT)
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    item: ClassVar[str] = "tokens"
+
+    template: Literal["chat", "plain"] = "chat"
+    """chat: prompts are put as the base's own chat template has them; plain: as they stand."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest answer when generating."""
+
+    @classmethod
+    def for_rows(cls, rows: Dataset, base: Base | None, **settings: Any) -> Self:
+        """Chat where the base has a chat template, else plain."""
+        tokenizer = base.tokenizer if base is not None else None
+        if "template" not in settings and not getattr(tokenizer, "chat_template", None):
+            settings["template"] = "plain"
+        if "max_length" not in settings and base is not None:
+            context = getattr(base.model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+            settings["max_length"] = min(context, DEFAULT_MAX_LENGTH)
+        return cls(**settings)
+
+    def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+        """One example, or several for a long plain text; none if nothing to learn is left after cutting."""
+        if row.get("text") is not None and "messages" not in row and "prompt" not in row:
+            return self._encode_text(row["text"], tokenizer)
+        ids, labels = self._tokens(self._segments(row, tokenizer), tokenizer)
+        truncated = len(ids) > self.max_length
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            return []
+        return [{"input_ids": ids, "labels": labels, "truncated": truncated}]
+
+    def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each ``[rows, tokens]``."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        filled = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
+        batch: dict[str, list[list[int]]] = {name: [] for name in filled}
+        for example in examples:
+            row = {**example, "attention_mask": [1] * len(example["input_ids"])}
+            for name, fill in filled.items():
+                batch[name].append([*row[name], *[fill] * (longest - len(row[name]))])
+        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+    def items(self, batch: Mapping[str, Tensor]) -> int:
+        """Labelled tokens; the first of a row is predicted from nothing and doesn't count."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
+        """Cross-entropy at the labelled tokens; logits are computed nowhere else."""
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        labelled = targets != IGNORED
+        with _head_only_at(model, labelled):
+            output = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            )
+        logits = output.logits if output.logits.dim() == 2 else output.logits[labelled]
+        targets = targets[labelled]
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        correct = (logits.detach().argmax(-1) == targets).sum()
+        return Outcome(loss, labelled.sum(), correct)
+
+    def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Perplexity, and the share of tokens that would have been chosen."""
+        return {"perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+
+    def prompt_tokens(self, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+        """The tokens generation starts from: the row without the answer that ends it, if one does."""
+        if "messages" not in row and "prompt" not in row:
+            ids: list[int] = tokenizer(row["text"])["input_ids"]
+            return ids
+        if self.template == "plain" and "messages" not in row:
+            segments = [(_content(row["prompt"]), False)]
+        else:
+            turns = _messages(row)
+            segments = _chat_segments(turns[:-1] if turns[-1]["role"] == "assistant" else turns, tokenizer)
+        return self._tokens(segments, tokenizer)[0]
+
+    def predict(
+        self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16, **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """``{"output": text}`` for each row, decoded greedily unless ``options`` (of ``generate``) say otherwise."""
+        tokenizer = base.tokenizer
+        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, **options}
+        for start in range(0, len(rows), batch_size):
+            prompts = [self.prompt_tokens(row, tokenizer) for row in rows[start : start + batch_size]]
+            with torch.no_grad():
+                outputs = model.generate(**_left_padded(prompts, tokenizer, base.device), **settings)  # type: ignore[operator]
+            length = max(len(prompt) for prompt in prompts)
+            for output in outputs:
+                yield {"output": tokenizer.decode(output[length:], skip_special_tokens=True).strip()}
+
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, list[float]]:
+        """``exact_match``; and ``json_match`` where all expected answers are JSON: equal as values, not as text."""
+        expected = [self.expected(row) for row in rows]
+        if any(answer is None for answer in expected):
+            return {}
+        answers = [str(prediction["output"]) for prediction in predictions]
+        pairs = [(str(want).strip(), got.strip()) for want, got in zip(expected, answers, strict=True)]
+        scores = {"exact_match": [float(want == got) for want, got in pairs]}
+        if all(_json(want) is not None for want, _ in pairs):
+            scores["json_match"] = [float(_json(want) == _json(got)) for want, got in pairs]
+        return scores
+
+    def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
+        """The last question, and the answers."""
+        if "prompt" in row:
+            question = _content(row["prompt"])
+        elif "messages" in row:
+            asked = [turn for turn in row["messages"] if turn["role"] != "assistant"]
+            question = str(asked[-1]["content"]) if asked else ""
+        else:
+            question = str(row["text"])
+        return question, self.expected(row), str(prediction["output"])
+
+    @staticmethod
+    def expected(row: Mapping[str, Any]) -> str | None:
+        """The answer a row gives, if it gives one."""
+        if row.get("messages"):
+            answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            return str(answers[-1]) if answers else None
+        completion = row.get("completion")
+        return _content(completion) if completion is not None else None
+
+    def _segments(self, row: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
+        if self.template == "plain" and "messages" not in row:
+            return [(_content(row["prompt"]), False), (_content(row["completion"]), True)]
+        turns = _messages(row)
+        while turns[-1]["role"] != "assistant":
+            turns.pop()  # nothing after the last answer is learned
+        return _chat_segments(turns, tokenizer)
+
+    def _tokens(self, segments: Sequence[Segment], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Token ids and labels. A learned segment ends with the end token, added where the template has none."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (text, learned) in enumerate(segments):
+            piece = tokenizer(text, add_special_tokens=index == 0 and self.template == "plain")["input_ids"]
+            stop = _last_index(piece, tokenizer.eos_token_id) + 1 or len(piece)
+            if learned and index == len(segments) - 1:
+                piece = piece[:stop]  # without the template's line break after the last turn
+                if piece[-1:] != [tokenizer.eos_token_id] and tokenizer.eos_token_id is not None:
+                    piece, stop = [*piece, tokenizer.eos_token_id], stop + 1
+            ids += piece
+            labels += [*piece[:stop], *[IGNORED] * (len(piece) - stop)] if learned else [IGNORED] * len(piece)
+        return ids, labels
+
+    def _encode_text(self, text: str, tokenizer: Any) -> list[dict[str, Any]]:
+        ids = tokenizer(text)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
+        return [{"input_ids": piece, "labels": piece, "truncated": False} for piece in pieces if len(piece) > 1]
+
+
+def _chat_segments(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Segment]:
+    """Cut the template's rendering of a conversation before and after each turn of the assistant.
+
+    Raises:
+        DataError: the template refuses the conversation, or rewrites earlier turns when later ones come.
+    """
+
+    def render(upto: int, *, ask: bool) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask))
+        except Exception as error:  # templates are programs: anything may come out of them
+            raise DataError(f"The base's chat template refuses this conversation: {error}") from error
+
+    if not tokenizer.chat_template:
+        raise ConfigError("This base has no chat template; set task.template=plain, or use another base.")
+    segments: list[Segment] = []
+    done = ""
+
+    def add(text: str, learned: bool) -> None:
+        nonlocal done
+        if not text.startswith(done):
+            raise DataError("The base's chat template changes earlier turns, so answers cannot be told apart in it.")
+        segments.append((text[len(done) :], learned))
+        done = text
+
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            add(render(index, ask=True), False)
+            add(render(index + 1, ask=False), True)
+    if messages[-1]["role"] != "assistant":
+        add(render(len(messages), ask=True), False)
+    return segments
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row as a conversation, without the empty fields that tabular storage adds."""
+    if row.get("messages"):
+        turns = row["messages"]
+    else:
+        prompt, completion = row["prompt"], row.get("completion")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if completion is not None:
+            turns += [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+
+
+def _content(value: str | Sequence[Mapping[str, Any]]) -> str:
+    return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
+
+
+def _last_index(ids: Sequence[int], wanted: int | None) -> int:
+    return max((index for index, token in enumerate(ids) if token == wanted), default=-1)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = [[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts]
+    mask = [[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+@contextlib.contextmanager
+def _head_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Hand the output projection only the given positions (``[rows, tokens]``, bool); logits come out ``[n, V]``.
+
+    Memory and time of the vocabulary's product then follow the labelled tokens, not all tokens.
+    """
+    inner = getattr(model, "module", model)  # DDP wraps
+    inner = inner.base.model if isinstance(inner, Adapter) else inner
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

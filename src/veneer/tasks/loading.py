@@ -1,0 +1,80 @@
+"""Loading a base for a task, and an adapter together with the base it was made for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from veneer.adapters import Adapter, Base
+from veneer.adapters.files import base_name, read_record
+from veneer.bases import load_pretrained
+from veneer.errors import AdapterError
+from veneer.tasks.base import Task
+from veneer.tasks.registry import task_class, task_from_config
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> Base:
+    """Load a base.
+
+    Args:
+        name: a hub id, a folder with safetensors, a ``.gguf`` file, or a catalogue name (``veneer models``).
+        task: ``"causal-lm"`` or ``"sequence-classification"``, to get the head it needs; by default the head
+            the checkpoint was saved with.
+        dtype: ``"auto"`` keeps the checkpoint's where this device computes it fast.
+        device: by default CUDA, MPS or CPU, the first there is.
+        revision: of a hub id.
+        offline: True forbids downloads.
+
+    Raises:
+        BaseError: the name leads to nothing that can be loaded.
+        FetchError: a download failed or is forbidden.
+    """
+    found = load_pretrained(
+        name,
+        auto_class=task_class(task).auto_class if task else None,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        offline=offline,
+    )
+    origin = {"name": found.name, "revision": found.revision, "folder": found.folder, "missing": found.missing}
+    return Base(found.model, found.tokenizer, **origin)
+
+
+def load_adapter(folder: str | os.PathLike[str], *, base: str | None = None, **options: Any) -> Adapter:
+    """Load an adapter together with its base.
+
+    Args:
+        folder: an adapter folder, or a training run's folder.
+        base: where to find the base, if not where the folder says.
+        options: of `load_base`.
+
+    Raises:
+        AdapterFileError: the folder is no intact adapter.
+        BaseMismatch: the base found is not the one it was made for.
+    """
+    record = read_record(os.fspath(folder))
+    task = record.get("task", {}).get("name")
+    loaded = load_base(base or base_name(os.fspath(folder)), task=task, **options)
+    return loaded.load(folder)
+
+
+def adapter_task(adapter: Adapter) -> Task:
+    """The task an adapter was trained for.
+
+    Raises:
+        AdapterError: it doesn't say.
+    """
+    if not adapter.task:
+        raise AdapterError(f"Adapter {adapter.name!r} does not say what task it is for; pass the task.")
+    return task_from_config(adapter.task)

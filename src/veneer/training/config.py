@@ -1,0 +1,215 @@
+"""One typed config for a run, from YAML and ``key=value`` overrides; all mistakes in it are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+
+from veneer.errors import ConfigError, UnknownName, did_you_mean
+from veneer.methods import Method, method_class, method_from_config, methods
+from veneer.tasks import TASKS
+from veneer.training.settings import TrainSettings
+
+_ELSEWHERE: Mapping[str, str] = {
+    # transformers' and others' spellings of what stands under `train:` (the method's own: see `Method.peft_names`)
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_checkpointing": "train.checkpointing",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "optim": "train.optimizer",
+    "eval_steps": "train.evaluate_every",
+    "logging_steps": "train.log_every",
+    "report_to": "train.trackers",
+    "group_by_length": "train.group_by_length",
+    "output_dir": "output",
+    "model": "base",
+    "model_name_or_path": "base",
+    "base_model": "base",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "max_seq_length": "task.max_length",
+    "cutoff_len": "task.max_length",
+    "adapter": "method",
+    "peft": "method",
+}
+
+
+class DataSettings(BaseModel):
+    """Which data to learn from and to validate on."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    train: str | dict[str, Any] | list[str | dict[str, Any]]
+    """A file, folder, hub id or catalogue name; or a list of them, each as {path, task, split, columns} if need be."""
+    validation: float | str | dict[str, Any] | list[str | dict[str, Any]] = 0.1
+    """The same, or a share of the training rows to hold out; 0 for none."""
+    split: str = "train"
+    """Split of a hub or catalogue data set to train on."""
+    validation_split: str = "validation"
+    """Split of a hub or catalogue data set to validate on."""
+    columns: dict[str, str] | None = None
+    """Our name of a column: its name in the data, e.g. {prompt: question, completion: answer}."""
+    limit: int | None = Field(None, ge=1)
+    """Train on a random choice of this many rows."""
+    validation_limit: int | None = Field(None, ge=1)
+    """Validate on a random choice of this many rows."""
+
+
+class RunConfig(BaseModel):
+    """Everything a training run needs."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    SECTIONS: ClassVar[Mapping[str, type[BaseModel]]] = {"data": DataSettings, "train": TrainSettings}
+
+    base: str
+    """A hub id, folder, .gguf file, or catalogue name (`veneer models`)."""
+    data: DataSettings
+    """Which data."""
+    output: Path
+    """Folder of the run; the adapter goes to its folder `adapter`."""
+    method: InstanceOf[Method]
+    """What to train, e.g. {name: lora, rank: 16}; see `veneer methods`."""
+    task: dict[str, Any] = {}
+    """The task's name and settings; by default what the data's columns ask for."""
+    train: TrainSettings = TrainSettings()
+    """How to train."""
+    dtype: str = "auto"
+    """Of the base: auto, float32, bfloat16, float16."""
+    device: str | None = None
+    """Of the base: cuda, mps, cpu; by default the first there is."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> RunConfig:
+        """A config from plain values.
+
+        Raises:
+            ConfigError: anything is wrong with it; the message lists everything.
+        """
+        values = dict(raw)
+        problems: list[str] = []
+        values["method"], wrong = _parse_method(values.get("method", "lora"))
+        problems += wrong
+        if isinstance(values.get("task"), str):
+            values["task"] = {"name": values["task"]}
+        problems += _task_problems(values.get("task") or {})
+        try:
+            config = cls(**values)
+        except ValidationError as error:
+            problems += explain(error, cls)
+        if problems:
+            raise ConfigError("The config has mistakes:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        return config
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values that `parse` takes back."""
+        values = self.model_dump(mode="json", exclude={"method"})
+        return {**values, "method": {"name": self.method.name, **self.method.model_dump(mode="json")}}
+
+
+def read_config(file: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """A config from a YAML file (or none) and ``key=value`` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or anything is wrong in either.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"Cannot read the config {file}: {error.strerror or error}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is no YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file} holds no keys; a config is a mapping such as `base: smollm2-135m-instruct`.")
+        values = loaded
+    for override in overrides:
+        _override(values, override)
+    return RunConfig.parse(values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no override; write key=value, e.g. train.learning_rate=1e-4.")
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        inner = node.get(parent)
+        if isinstance(inner, str) and parent in {"method", "task"}:
+            inner = {"name": inner}
+        if inner is None:
+            inner = {"name": "lora"} if parent == "method" else {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {parent!r} is {inner!r}, which has no keys.")
+        node[parent] = inner
+        node = inner
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is no YAML: {error}") from error
+
+
+def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:
+    if not isinstance(raw, str | Mapping | Method):
+        return None, [f"method: {raw!r} is neither a name nor a mapping with one"]
+    try:
+        return method_from_config(raw), []
+    except (UnknownName, ConfigError) as error:
+        return None, [f"method: {error}"]
+    except ValidationError as error:
+        cls = method_class(str(raw["name"])) if isinstance(raw, Mapping) else Method
+        return None, explain(error, cls, "method.", cls.peft_names)
+
+
+def _task_problems(raw: Mapping[str, Any]) -> list[str]:
+    name = raw.get("name")
+    if name is not None and name not in TASKS:
+        return [f"task.name: {name!r} is no task.{did_you_mean(str(name), TASKS)} There are: {', '.join(TASKS)}"]
+    classes = [TASKS[name]] if name else list(TASKS.values())
+    known = {field for task in classes for field in task.model_fields} | {"name"}
+    return [f"task.{key}: unknown key.{did_you_mean(key, known)}" for key in raw if key not in known]
+
+
+def explain(
+    error: ValidationError, cls: type[BaseModel], prefix: str = "", spellings: Mapping[str, str] | None = None
+) -> list[str]:
+    """What is wrong, a line each, with the nearest known key for an unknown one."""
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        if path == ["method"]:
+            continue  # told already, with more detail
+        where = prefix + ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key.{_nearest(path, cls, prefix, spellings or {})}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: is missing")
+        else:
+            lines.append(f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})")
+    return lines
+
+
+def _nearest(path: Sequence[str], cls: type[BaseModel], prefix: str, spellings: Mapping[str, str]) -> str:
+    wrong = path[-1]
+    if wrong in spellings:
+        return f" It is called {prefix}{spellings[wrong]} here."
+    if wrong in _ELSEWHERE:
+        return f" It is called {_ELSEWHERE[wrong]} here."
+    for method in methods().values():
+        if wrong in method.peft_names and prefix != "method.":
+            return f" It is called method.{method.peft_names[wrong]} here."
+    for part in path[:-1]:
+        cls = RunConfig.SECTIONS.get(part, cls)
+    hint = did_you_mean(wrong, cls.model_fields)
+    homes = [name for name, section in RunConfig.SECTIONS.items() if wrong in section.model_fields]
+    return hint or (f" Did you mean {homes[0]}.{wrong}?" if homes else f" Known: {', '.join(cls.model_fields)}.")

@@ -1,0 +1,121 @@
+"""What a run tells while it goes: lines on the terminal, a JSONL log, sample answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from rich.console import Console
+
+from veneer.tasks import Task
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Progress goes to stderr; stdout is for results."""
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held so far (on the GPU, where there is one)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``19.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``2:07`` or ``1:02:07``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress(transformers.TrainerCallback):
+    """Prints a line at each log and each validation, and appends both to ``log.jsonl``."""
+
+    def __init__(self, log: Path | None, tokens_seen: Callable[[], int]) -> None:
+        self.log = log
+        self.tokens_seen = tokens_seen
+        self.history: list[dict[str, Any]] = []
+        self._started = time.perf_counter()
+        self._first_step = 0
+        self._evaluating = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Record what is logged, and print it."""
+        entry = {"step": state.global_step, **(logs or {})}
+        if "train_runtime" in entry:
+            return
+        if "eval_loss" in entry:
+            self._evaluating += entry.get("eval_runtime", 0.0)
+            console.print(f"[bold]{self._validation(entry)}[/bold]")
+        elif "loss" in entry:
+            entry["tokens_per_second"] = round(self._tokens_per_second(), 1)
+            entry["peak_memory"] = peak_memory()
+            console.print(self._step(entry, state))
+        self.history.append(entry)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def _tokens_per_second(self) -> float:
+        return self.tokens_seen() / max(time.perf_counter() - self._started - self._evaluating, 1e-9)
+
+    def _step(self, entry: Mapping[str, Any], state: Any) -> str:
+        done = state.global_step - self._first_step
+        left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        width = len(str(state.max_steps))
+        return (
+            f"step {state.global_step:>{width}}/{state.max_steps}  loss {entry['loss']:.4f}  "
+            f"lr {entry.get('learning_rate', 0):.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{duration(left)} left  {size(entry['peak_memory'])}"
+        )
+
+    @staticmethod
+    def _validation(entry: Mapping[str, Any]) -> str:
+        skip = {"eval_runtime", "step", "epoch"}
+        shown = [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in entry.items() if name not in skip]
+        return f"validation at step {entry['step']}  " + "  ".join(shown)
+
+
+class Samples(transformers.TrainerCallback):
+    """Shows what the adapter answers to a few validation rows, at each validation."""
+
+    def __init__(self, adapter: Any, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.adapter, self.task, self.rows = adapter, task, rows
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Answer, and print question, expected and given answer."""
+        self.adapter.eval()
+        answers = self.task.predict(self.adapter, self.adapter.base, self.rows, batch_size=len(self.rows))
+        for row, answer in zip(self.rows, answers, strict=True):
+            question, expected, given = self.task.show(row, answer)
+            console.print(f"   [dim]{_short(question)}[/dim]", markup=True)
+            console.print(f"   → {_short(given)}", f"   (expected {_short(expected)})" if expected else "", markup=False)
+
+
+def _short(text: str, most: int = 100) -> str:
+    line = " ".join(text.split()).replace("[", "\\[")
+    return line if len(line) <= most else line[: most - 1] + "…"
