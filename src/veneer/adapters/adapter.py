@@ -61,7 +61,7 @@ class Adapter(nn.Module):
     @classmethod
     def over(cls, model: nn.Module) -> type[Self]:
         """The adapter class for this class of model: the same, with the model's own ``forward`` signature."""
-        return _with_signature_of(cls, type(model))
+        return _with_signature_of(cls, type(model))  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base with this adapter; arguments and result are those of the base."""
@@ -159,9 +159,9 @@ class Adapter(nn.Module):
             self.base.model.to(device)
         return super().to(*args, **kwargs)
 
-    def extra_repr(self) -> str:
-        """Name, method and size."""
-        return f"{self.name!r}, {self.method!r}, trainable={self.trainable:,} ({self.trainable_share:.2%})"
+    def __repr__(self) -> str:
+        share = f"{self.trainable:,} trainable, {self.trainable_share:.2%} of {self.base.name}"
+        return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
 
     def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """Register tensors as parameters under the path peft gives them."""

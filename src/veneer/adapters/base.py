@@ -159,13 +159,16 @@ class Base(Pretrained):
         """
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             raise AdapterError(f"{type(self.model).__name__} has no activation checkpointing in transformers.")
-        self.model.gradient_checkpointing_enable(  # type: ignore[operator]
-            {"use_reentrant": False, "context_fn": self._execution.checkpoint_contexts}
-        )
+        self._checkpointing("enable")({"use_reentrant": False, "context_fn": self._execution.checkpoint_contexts})
 
     def disable_checkpointing(self) -> None:
         """Undo `enable_checkpointing`."""
-        self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self._checkpointing("disable")()
+
+    def _checkpointing(self, what: str) -> Any:
+        """transformers renames gradient checkpointing to activation checkpointing during its version 5."""
+        new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+        return getattr(self.model, new, None) or getattr(self.model, old)
 
     def load(self, folder: Any, name: str | None = None) -> Adapter:
         """Attach the adapter saved in a folder (ours or peft's).

@@ -187,13 +187,18 @@ def _check_base(base: Base, path: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _method(path: Path, config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]) -> Method:
+def _method(
+    path: Path, config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]
+) -> Method:
     if method := record.get("method"):
         return method_from_config(method)
     peft_type = str(config.get("peft_type"))
     if (cls := method_for_peft_type(peft_type)) is None:
         raise AdapterFileError(f"{path} holds a {peft_type} adapter, which veneer does not read yet.")
-    return cls.from_peft(config)
+    # peft's own list of targets may name modules this base lacks; the tensors say where the adapter acts.
+    prefixes = {key.removeprefix(PREFIX).rsplit(".", parts)[0] for key in state for parts in (1, 2)}
+    sites = [site for site in base.sites if site.path in prefixes]
+    return cls.from_peft({**config, "target_modules": base.sites.shortest_names(sites)})
 
 
 def _modules_in_full(state: Mapping[str, Tensor], in_full: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:

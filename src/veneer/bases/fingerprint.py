@@ -55,11 +55,11 @@ def _digest(backbone: nn.Module, missing: Collection[str]) -> str:
     return digest.hexdigest()
 
 
-def _canonical(tensor: Tensor) -> memoryview:
+def _canonical(tensor: Tensor) -> bytes:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16).view(torch.int16)
-    return memoryview(tensor.numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return tensor.numpy().tobytes()
 
 
 def _state(folder: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,14 @@ def load_pretrained(
     source, where = _locate(str(name), revision, no_network(offline))
     options = {**where, **config}
     try:
-        settings = transformers.AutoConfig.from_pretrained(source, **where)
-        cls = getattr(transformers, auto_class or _default_auto_class(settings))
-        if "gguf_file" in where:
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model, info = cls.from_pretrained(
-            source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
-        )
+        with _quiet():
+            settings = transformers.AutoConfig.from_pretrained(source, **where)
+            cls = getattr(transformers, auto_class or _default_auto_class(settings))
+            if "gguf_file" in where:
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            model, info = cls.from_pretrained(
+                source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _explained(str(name), error) from error
     model.to(device).eval()
@@ -68,6 +71,22 @@ def load_pretrained(
         folder=local if local.exists() else None,
         missing=info["missing_keys"],
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of freshly initialised heads (tasks bring their own) and its progress bars."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def default_device() -> torch.device:

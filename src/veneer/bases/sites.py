@@ -134,18 +134,14 @@ class SiteMap(Sequence[Site]):
             inside = [site.path for site in self._sites if site.layer is not None]
             return inside or [site.path for site in self._sites]
         return [
-            site.path
-            for site in self._sites
-            if target in (site.role, site.group) or site.path.endswith("." + target)
+            site.path for site in self._sites if target in (site.role, site.group) or site.path.endswith("." + target)
         ]
 
 
 def _site(path: str, module: nn.Linear) -> Site:
     role, group = next((_ROLES[end] for end in _ENDINGS if ("." + path).endswith("." + end)), (None, None))
     layer = _LAYER.search(path)
-    return Site(
-        path, module.in_features, module.out_features, role, group, int(layer[1]) if layer else None
-    )
+    return Site(path, module.in_features, module.out_features, role, group, int(layer[1]) if layer else None)
 
 
 def backbone(model: nn.Module) -> nn.Module:

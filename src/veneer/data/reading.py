@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.data.catalogue import DATASETS
-from veneer.data.formats import Format, check_rows, detect
+from veneer.data.formats import check_rows, detect
 from veneer.errors import DataError, FetchError, did_you_mean
 from veneer.storage import cache_dir
 
@@ -51,20 +51,34 @@ def read(
         DataError: nothing is there, it cannot be parsed, or a row is wrong; says which file and row.
         FetchError: it has to be downloaded and cannot be.
     """
+    if isinstance(source, list | tuple) and source and not _is_row(source[0]):
+        return _mixed([read(part, split=split, columns=columns, check=check) for part in source])
+    rows = read_raw(source, split=split, columns=columns)
+    where = str(source) if isinstance(source, str | Path) else "the data"
+    format = detect(rows.column_names, where)
+    if check:
+        check_rows(rows, format, where)
+    return rows
+
+
+def read_raw(source: Any, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Dataset:
+    """Read one source as `read` does, whatever columns it has (rows to answer need no answers).
+
+    Raises:
+        DataError: nothing is there, or it cannot be parsed.
+        FetchError: it has to be downloaded and cannot be.
+    """
     import datasets
 
     if isinstance(source, Mapping):
-        return _read_part(source, split, columns, check)
+        return _read_part(source, split, columns)
     if isinstance(source, list | tuple):
         if not source:
             raise DataError("The data is an empty list.")
-        if isinstance(source[0], Mapping) and "path" not in source[0]:
-            return _finish(datasets.Dataset.from_list([dict(row) for row in source]), columns, "the data", check)
-        parts = [read(part, split=split, columns=columns, check=check) for part in source]
-        return _mixed(parts)
+        return _renamed(datasets.Dataset.from_list([dict(row) for row in source]), columns, "the data")
     if isinstance(source, datasets.Dataset):
-        return _finish(source, columns, "the data", check)
-    return _finish(_load(str(source), split), columns, str(source), check)
+        return _renamed(source, columns, "the data")
+    return _renamed(_load(str(source), split), columns, str(source))
 
 
 def split_off(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
@@ -80,13 +94,15 @@ def split_off(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datas
     return parts["train"], parts["test"]
 
 
-def _read_part(part: Mapping[str, Any], split: str, columns: Mapping[str, str] | None, check: bool) -> Dataset:
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and "path" not in value
+
+
+def _read_part(part: Mapping[str, Any], split: str, columns: Mapping[str, str] | None) -> Dataset:
     unknown = set(part) - {"path", "task", "split", "columns"}
     if unknown or "path" not in part:
         raise DataError(f"A data source has a path and may have task, split and columns; got {dict(part)!r}.")
-    rows = read(
-        part["path"], split=part.get("split") or split, columns=part.get("columns") or columns, check=check
-    )
+    rows = read_raw(part["path"], split=part.get("split") or split, columns=part.get("columns") or columns)
     return rows if part.get("task") is None else _with_task(rows, str(part["task"]))
 
 
@@ -110,7 +126,7 @@ def _mixed(parts: Sequence[Dataset]) -> Dataset:
     return datasets.concatenate_datasets([part.select_columns(sorted(keep & set(part.column_names))) for part in parts])
 
 
-def _finish(rows: Dataset, columns: Mapping[str, str] | None, where: str, check: bool) -> Dataset:
+def _renamed(rows: Dataset, columns: Mapping[str, str] | None, where: str) -> Dataset:
     for ours, theirs in (columns or {}).items():
         if theirs not in rows.column_names:
             raise DataError(
@@ -123,9 +139,6 @@ def _finish(rows: Dataset, columns: Mapping[str, str] | None, where: str, check:
             rows = rows.rename_column(theirs, ours)
     if len(rows) == 0:
         raise DataError(f"{where} has no rows.")
-    format: Format = detect(rows.column_names, where)
-    if check:
-        check_rows(rows, format, where)
     return rows
 
 

@@ -27,8 +27,17 @@ from veneer.errors import AdapterFileError
 from veneer.methods.base import Lowering, Method
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
-_NOT_READ = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "use_qalora")
-_NOT_READ += ("trainable_token_indices", "target_parameters", "alora_invocation_tokens")
+_NOT_READ = (
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "use_qalora",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
 
 
 class LoRA(Method):

@@ -18,7 +18,8 @@ def methods() -> Mapping[str, type[Method]]:
     """All methods, by name."""
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return {cls.name: cls for cls in sorted(_leaves(Method), key=lambda cls: cls.name)}
+    found = _leaves(Method)  # type: ignore[type-abstract]
+    return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.name)}
 
 
 def method_class(name: str) -> type[Method]:
@@ -30,8 +31,7 @@ def method_class(name: str) -> type[Method]:
     known = methods()
     if name not in known:
         raise UnknownName(
-            f"No method called {name!r}.{did_you_mean(name, known)} `veneer methods` lists them: "
-            f"{', '.join(known)}."
+            f"No method called {name!r}.{did_you_mean(name, known)} `veneer methods` lists them: {', '.join(known)}."
         )
     return known[name]
 

@@ -66,10 +66,14 @@ class Task(BaseModel):
     """Kinds of base it suits, best first."""
     formats: ClassVar[tuple[Format, ...]]
     """Row formats it takes."""
+    asks_from: ClassVar[tuple[str, ...]]
+    """Columns a question may stand in."""
     peft_task_type: ClassVar[str]
     """peft's word for it."""
     item: ClassVar[str]
     """What its loss is averaged over, in plural."""
+    plain_base: ClassVar[bool]
+    """Whether the base can do it at all without being trained for it."""
 
     max_length: int = Field(DEFAULT_MAX_LENGTH, ge=2)
     """Longest input in tokens."""
@@ -104,12 +108,24 @@ class Task(BaseModel):
         """What to report of a validation during training, from its mean loss and share of hits."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], **options: Any
+    ) -> Iterator[dict[str, Any]]:
         """Answers to rows, in their order."""
 
     @abstractmethod
-    def score(self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, list[float]]:
         """Metric -> its value on each row, for rows that have an answer to compare with."""
+
+    @abstractmethod
+    def has_answer(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row says what the answer should be."""
+
+    def commonest(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """`score` of always giving the commonest answer: what to compare with where the plain base can't."""
+        return {}
 
     @abstractmethod
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
@@ -153,7 +169,12 @@ class Task(BaseModel):
 
     def _cache_key(self, rows: Dataset, tokenizer: Any) -> str:
         """What the encoded rows depend on: the rows, these settings, the tokenizer and its template."""
-        parts = [rows._fingerprint, self.name, self.model_dump_json(), str(getattr(tokenizer, "chat_template", ""))]
+        parts = [
+            rows._fingerprint,
+            self.name,
+            self.model_dump_json(),
+            str(getattr(tokenizer, "chat_template", "")),
+        ]
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts.append(backend.to_str() if backend else repr(tokenizer))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -43,8 +43,10 @@ class CausalLM(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     kinds: ClassVar[tuple[str, ...]] = ("decoder",)
     formats: ClassVar[tuple[Format, ...]] = (Format.MESSAGES, Format.PROMPT_COMPLETION, Format.TEXT)
+    asks_from: ClassVar[tuple[str, ...]] = ("prompt", "messages", "text")
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     item: ClassVar[str] = "tokens"
+    plain_base: ClassVar[bool] = True
 
     template: Literal["chat", "plain"] = "chat"
     """chat: prompts are put as the base's own chat template has them; plain: as they stand."""
@@ -94,9 +96,7 @@ class CausalLM(Task):
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         labelled = targets != IGNORED
         with _head_only_at(model, labelled):
-            output = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         logits = output.logits if output.logits.dim() == 2 else output.logits[labelled]
         targets = targets[labelled]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -120,7 +120,13 @@ class CausalLM(Task):
         return self._tokens(segments, tokenizer)[0]
 
     def predict(
-        self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16, **options: Any
+        self,
+        model: nn.Module,
+        base: Base,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int = 16,
+        **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """``{"output": text}`` for each row, decoded greedily unless ``options`` (of ``generate``) say otherwise."""
         tokenizer = base.tokenizer
@@ -143,9 +149,13 @@ class CausalLM(Task):
         answers = [str(prediction["output"]) for prediction in predictions]
         pairs = [(str(want).strip(), got.strip()) for want, got in zip(expected, answers, strict=True)]
         scores = {"exact_match": [float(want == got) for want, got in pairs]}
-        if all(_json(want) is not None for want, _ in pairs):
-            scores["json_match"] = [float(_json(want) == _json(got)) for want, got in pairs]
+        if all(parsed(want) is not None for want, _ in pairs):
+            scores["json_match"] = [float(parsed(want) == parsed(got)) for want, got in pairs]
         return scores
+
+    def has_answer(self, row: Mapping[str, Any]) -> bool:
+        """A completion, or a conversation that ends with the assistant."""
+        return self.expected(row) is not None
 
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """The last question, and the answers."""
@@ -252,7 +262,8 @@ def _last_index(ids: Sequence[int], wanted: int | None) -> int:
     return max((index for index, token in enumerate(ids) if token == wanted), default=-1)
 
 
-def _json(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """The JSON value a text is, or None if it is none."""
     try:
         return json.loads(text)
     except ValueError:
@@ -264,7 +275,10 @@ def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = [[*[pad] * (longest - len(prompt)), *prompt] for prompt in prompts]
     mask = [[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 @contextlib.contextmanager

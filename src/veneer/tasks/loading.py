@@ -47,7 +47,12 @@ def load_base(
         revision=revision,
         offline=offline,
     )
-    origin = {"name": found.name, "revision": found.revision, "folder": found.folder, "missing": found.missing}
+    origin = {
+        "name": found.name,
+        "revision": found.revision,
+        "folder": found.folder,
+        "missing": found.missing,
+    }
     return Base(found.model, found.tokenizer, **origin)
 
 

@@ -29,8 +29,10 @@ class SequenceClassification(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     formats: ClassVar[tuple[Format, ...]] = (Format.TEXT_LABEL,)
+    asks_from: ClassVar[tuple[str, ...]] = ("text",)
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     item: ClassVar[str] = "rows"
+    plain_base: ClassVar[bool] = False
 
     labels: tuple[str, ...] = Field(min_length=2)
     """The labels, in the order of the head's outputs."""
@@ -62,7 +64,9 @@ class SequenceClassification(Task):
         """
         heads = head_modules(base.model)
         width = getattr(base.model.config, "num_labels", None)
-        last = [path for path, module in heads.items() if isinstance(module, nn.Linear) and module.out_features == width]
+        last = [
+            path for path, module in heads.items() if isinstance(module, nn.Linear) and module.out_features == width
+        ]
         if not last or type(base.model).__name__.find("SequenceClassification") < 0:
             raise BaseError(
                 f"{type(base.model).__name__} has no classification head; load the base with "
@@ -115,14 +119,25 @@ class SequenceClassification(Task):
         return {"accuracy": accuracy}
 
     def predict(
-        self, model: nn.Module, base: Base, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64, **options: Any
+        self,
+        model: nn.Module,
+        base: Base,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        batch_size: int = 64,
+        **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """``{"label": …, "probabilities": {label: p}}`` for each row."""
         tokenizer = base.tokenizer
         for start in range(0, len(rows), batch_size):
             texts = [row["text"] for row in rows[start : start + batch_size]]
             batch = tokenizer(
-                texts, truncation=True, max_length=self.max_length, padding=True, padding_side="right", return_tensors="pt"
+                texts,
+                truncation=True,
+                max_length=self.max_length,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
             ).to(base.device)
             with torch.no_grad():
                 shares = model(**batch).logits.float().softmax(-1).tolist()
@@ -138,6 +153,16 @@ class SequenceClassification(Task):
             return {}
         pairs = zip(rows, predictions, strict=True)
         return {"accuracy": [float(self._index(row["label"]) == self._index(got["label"])) for row, got in pairs]}
+
+    def has_answer(self, row: Mapping[str, Any]) -> bool:
+        """A label."""
+        return row.get("label") is not None
+
+    def commonest(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Always the commonest label."""
+        labels = [self._index(row["label"]) for row in rows]
+        best = max(set(labels), key=labels.count)
+        return {"accuracy": [float(label == best) for label in labels]}
 
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """The text, its label and the one given, with its probability."""

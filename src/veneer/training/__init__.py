@@ -1,8 +1,30 @@
 """Training: settings, the loop (a transformers Trainer underneath), progress, and whole runs from a config."""
 
-from veneer.training.config import RunConfig
-from veneer.training.run import Result, run, train
-from veneer.training.settings import TrainSettings
-from veneer.training.trainer import Trainer
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veneer.lazy import lazy
 
 __all__ = ["Result", "RunConfig", "TrainSettings", "Trainer", "run", "train"]
+
+# transformers' Trainer takes seconds to import; a mistake in a config is told before that.
+__getattr__ = lazy(
+    __name__,
+    {
+        "Result": "veneer.training.runs",
+        "RunConfig": "veneer.training.config",
+        "TrainSettings": "veneer.training.settings",
+        "Trainer": "veneer.training.trainer",
+        "run": "veneer.training.runs",
+        "train": "veneer.training.runs",
+    },
+)
+
+if TYPE_CHECKING:
+    from veneer.training.config import RunConfig as RunConfig
+    from veneer.training.runs import Result as Result
+    from veneer.training.runs import run as run
+    from veneer.training.runs import train as train
+    from veneer.training.settings import TrainSettings as TrainSettings
+    from veneer.training.trainer import Trainer as Trainer

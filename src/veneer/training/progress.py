@@ -113,7 +113,9 @@ class Samples(transformers.TrainerCallback):
         for row, answer in zip(self.rows, answers, strict=True):
             question, expected, given = self.task.show(row, answer)
             console.print(f"   [dim]{_short(question)}[/dim]", markup=True)
-            console.print(f"   → {_short(given)}", f"   (expected {_short(expected)})" if expected else "", markup=False)
+            console.print(
+                f"   → {_short(given)}", f"   (expected {_short(expected)})" if expected else "", markup=False
+            )
 
 
 def _short(text: str, most: int = 100) -> str:

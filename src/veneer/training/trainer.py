@@ -91,10 +91,14 @@ class Trainer(transformers.Trainer):
         """Mean loss over all items of the validation data, and the task's metrics."""
         started = time.perf_counter()
         loss, accuracy = self._mean(self.get_eval_dataloader(eval_dataset))
-        metrics = {"loss": loss, **self.task.metrics(loss, accuracy), "runtime": time.perf_counter() - started}
+        metrics = {
+            "loss": loss,
+            **self.task.metrics(loss, accuracy),
+            "runtime": time.perf_counter() - started,
+        }
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
     def _mean(self, batches: Any) -> tuple[float, float]:
@@ -136,5 +140,7 @@ class Trainer(transformers.Trainer):
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints in a folder, oldest first, with their steps."""
-    found = [(int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    found = [
+        (int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE}")
+    ]
     return sorted(found)

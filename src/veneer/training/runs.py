@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -119,6 +120,8 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
     adapter.record = {"config": config.plain(), "data": {"rows": len(rows)}, "result": asdict(result)}
     adapter.save(config.output / ADAPTER)
     write_json(config.output / REPORT, asdict(result))
+    for _, folder in checkpoints(config.output):
+        shutil.rmtree(folder, ignore_errors=True)  # of use only to go on with an unfinished run
     _summary(adapter, task, result, config)
     return adapter, result
 
@@ -246,15 +249,17 @@ def _fit(
 def _at(validations: list[dict[str, Any]], step: int) -> dict[str, float] | None:
     for entry in reversed(validations):
         if entry["step"] == step:
-            return {name[5:]: value for name, value in entry.items() if name.startswith("eval_") and name != "eval_runtime"}
+            return {
+                name[5:]: value for name, value in entry.items() if name.startswith("eval_") and name != "eval_runtime"
+            }
     return None
 
 
 def _header(adapter: Adapter, task: Task, train_set: Prepared, validation: Prepared | None) -> None:
     base = adapter.base
     console.print(
-        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  "
-        f"[bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})  ·  {task.name}"
+        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}  ·  "
+        f"[bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
     )
     for name, part in (("training", train_set), ("validation", validation)):
         if part is None:

@@ -1,0 +1,57 @@
+"""The command ``veneer``: finds the subcommand and turns errors into one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError
+
+import veneer
+from veneer.errors import VeneerError
+
+app = App(
+    name="veneer",
+    version=veneer.__version__,
+    help="Parameter-efficient fine-tuning: thin trainable layers over one frozen model.",
+    help_epilogue=(
+        "First steps: `veneer demo` trains a real model in minutes; `veneer train --help` shows how to train "
+        "on your own file. Every command explains itself with --help."
+    ),
+    result_action="return_value",
+)
+for _name, _help in {
+    "demo": "Train a real model on a real task, in minutes, and prove what it learned.",
+    "train": "Train an adapter from a config and key=value overrides.",
+    "eval": "Evaluate an adapter on held-out data, the plain base beside it.",
+    "predict": "Answer every row of a file.",
+    "generate": "Answer one prompt, with or without an adapter.",
+    "merge": "Fold an adapter into its base and write the whole model.",
+    "methods": "List the PEFT methods, or show the settings of one.",
+    "models": "List the catalogued bases, fetch one, or have one suggested.",
+}.items():
+    app.command(f"veneer.cli.{_name}:{_name}_", name=_name, help=_help)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; exits 0, or 2 after a user's mistake, or 130 when interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments if arguments is not None else sys.argv[1:], exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(2)
+    except VeneerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

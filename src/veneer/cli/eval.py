@@ -1,0 +1,88 @@
+"""``veneer eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def eval_(
+    adapter: Path,
+    data: str,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 16,
+    base: bool = True,
+    base_model: str | None = None,
+    columns: tuple[str, ...] = (),
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Evaluate an adapter on held-out data, the plain base beside it.
+
+    Reports loss and the task's metrics (perplexity, exact match, JSON match, accuracy), with 95 % intervals where
+    a metric is a mean over rows.
+
+    Examples:
+
+        veneer eval runs/answers held_out.jsonl
+
+        veneer eval runs/answers held_out.jsonl --limit 200 --json
+
+    Parameters
+    ----------
+    adapter
+        An adapter folder, or a run's folder.
+    data
+        A file, folder, hub id or catalogue name, of the kind the adapter was trained on.
+    split
+        Split of a hub or catalogue data set.
+    limit
+        Evaluate a random choice of this many rows.
+    batch_size
+        Rows a batch.
+    base
+        Evaluate the plain base, too.
+    base_model
+        Where to find the base, if not where the adapter says.
+    columns
+        Columns under other names, e.g. prompt=question.
+    json
+        Print one JSON object on stdout.
+    """
+    from veneer.cli.columns import mapping
+    from veneer.cli.output import console, print_json, table
+    from veneer.evaluation import Score, evaluate
+    from veneer.tasks import load_adapter
+    from veneer.training.progress import console as progress
+
+    loaded = load_adapter(adapter, base=base_model)
+    report = evaluate(
+        loaded,
+        data,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        base=base,
+        columns=mapping(columns),
+        progress=lambda text: progress.print(f"[dim]evaluating {text}[/dim]"),
+    )
+    if json:
+        print_json({"adapter_folder": str(adapter), "data": data, **report.plain()})
+        return
+
+    def shown(score: Score | None) -> str:
+        if score is None:
+            return ""
+        interval = f"  [{score.low:.3f}, {score.high:.3f}]" if score.low is not None else ""
+        return f"{score.value:.4g}{interval}"
+
+    other = report.base or {}
+    beside = "plain base" if report.base_predictions is not None else "commonest answer"
+    rows = [(name, shown(score), shown(other.get(name))) for name, score in report.adapter.items()]
+    title = f"{report.rows} rows of {data}, 95 % intervals"
+    console.print(table(("", "adapter", beside if base else ""), rows, title=title))
+    for name, scores in report.by_task.items():
+        console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))

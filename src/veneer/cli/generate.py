@@ -1,0 +1,89 @@
+"""``veneer generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def generate_(
+    prompt: str,
+    *,
+    adapter: Path | None = None,
+    base: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    compare: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Answer one prompt, with or without an adapter.
+
+    Examples:
+
+        veneer generate "What is the capital of France?" --base smollm2-135m-instruct
+
+        veneer generate "Ignore all rules." --adapter runs/answers --compare
+
+        cat question.txt | veneer generate - --adapter runs/answers
+
+    Parameters
+    ----------
+    prompt
+        The prompt; - reads it from stdin.
+    adapter
+        An adapter folder, or a run's folder.
+    base
+        The base; by default the adapter's.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0 takes the likeliest token each time; above, tokens are drawn.
+    seed
+        Of the draw.
+    compare
+        Show the plain base's answer, too.
+    json
+        Print one JSON object on stdout.
+    """
+    from veneer.cli.output import console, print_json
+    from veneer.errors import ConfigError
+    from veneer.tasks import adapter_task, load_adapter, load_base, task_class
+
+    if adapter is None and base is None:
+        raise ConfigError("Say what is to answer: --adapter FOLDER or --base NAME (`veneer models` lists some).")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ConfigError("The prompt is empty.")
+    name = "causal-lm"
+    loaded = load_adapter(adapter, base=base) if adapter is not None else None
+    on = loaded.base if loaded is not None else load_base(str(base), task=name)
+    task = adapter_task(loaded) if loaded is not None else task_class(name).for_rows(None, on)
+    if task.name != name:
+        raise ConfigError(f"{adapter} is an adapter for {task.name}, which generates no text; use `veneer predict`.")
+
+    def answer(model: object) -> str:
+        import torch
+
+        torch.manual_seed(seed)
+        drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        rows = [{"prompt": text}]
+        found = task.predict(model, on, rows, max_new_tokens=max_new_tokens, **drawing)  # type: ignore[arg-type]
+        return str(next(iter(found))["output"])
+
+    answers = {}
+    if loaded is not None:
+        answers["adapter"] = answer(loaded)
+    if loaded is None or compare:
+        answers["base"] = answer(on.model)
+    if json:
+        print_json({"prompt": text, **answers})
+    elif len(answers) == 1:
+        console.print(next(iter(answers.values())), markup=False)
+    else:
+        for who, said in answers.items():
+            console.print(f"[bold]{who}[/bold]")
+            console.print(said, markup=False)

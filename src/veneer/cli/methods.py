@@ -1,0 +1,51 @@
+"""``veneer methods``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def methods_(
+    name: str | None = None,
+    *,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """List the PEFT methods, or show the settings of one.
+
+    Examples:
+
+        veneer methods
+
+        veneer methods lora
+
+    Parameters
+    ----------
+    name
+        A method, to see its settings.
+    json
+        Print JSON on stdout.
+    """
+    import inspect
+    import sys
+
+    from veneer.cli.output import console, print_json, table
+    from veneer.methods import method_class, methods
+
+    if name is None:
+        known = methods()
+        if json:
+            print_json([{"name": cls.name, "summary": cls.summary} for cls in known.values()])
+        else:
+            console.print(table(("method", "what it is"), [(cls.name, cls.summary) for cls in known.values()]))
+        return
+    cls = method_class(name)
+    if json:
+        print_json({"name": cls.name, "summary": cls.summary, "settings": cls.model_json_schema()["properties"]})
+        return
+    console.print(inspect.getdoc(sys.modules[cls.__module__]) or cls.summary, markup=False)
+    fields = [(field, str(info.default), info.description or "") for field, info in cls.model_fields.items()]
+    if fields:
+        console.print()
+        console.print(table(("setting", "default", "meaning"), fields))

@@ -1,0 +1,87 @@
+"""Batch inference: answers to rows, and a file of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters import Adapter
+from veneer.data.reading import read_raw
+from veneer.errors import DataError, OutputError
+from veneer.storage import replacing
+from veneer.tasks import Task, adapter_task
+
+_CHUNK = 256
+
+
+def predict(
+    adapter: Adapter, rows: Iterable[Mapping[str, Any]], *, task: Task | None = None, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Answers to rows, one dict each, in their order.
+
+    Args:
+        adapter: what answers.
+        rows: with ``prompt``, ``messages`` or ``text``.
+        task: by default the one the adapter was trained for.
+        options: ``batch_size``; for text also those of transformers' ``generate``.
+    """
+    task = task or adapter_task(adapter)
+    adapter.eval()
+    for chunk in _chunks(rows):
+        yield from task.predict(adapter, adapter.base, chunk, **options)
+
+
+def predict_file(
+    adapter: Adapter,
+    source: str | Path,
+    output: str | Path,
+    *,
+    split: str = "test",
+    columns: Mapping[str, str] | None = None,
+    **options: Any,
+) -> int:
+    """Write each row of ``source`` with its answer to ``output`` (``.jsonl`` or ``.csv``), all or nothing.
+
+    Returns:
+        How many rows.
+
+    Raises:
+        DataError: the source cannot be read, or has none of the columns the task asks from.
+        OutputError: the output is of no known kind or cannot be written.
+    """
+    task, path = adapter_task(adapter), Path(output)
+    if path.suffix not in {".jsonl", ".csv"}:
+        raise OutputError(f"{path} should end in .jsonl or .csv; those are the formats written.")
+    rows = read_raw(source, split=split, columns=columns)
+    if not any(column in rows.column_names for column in task.asks_from):
+        raise DataError(
+            f"{source} has none of the columns {', '.join(task.asks_from)}; it has {', '.join(rows.column_names)}. "
+            f"Other names can be mapped: --columns {task.asks_from[0]}=NAME."
+        )
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        for number, (row, answer) in enumerate(zip(rows, predict(adapter, rows, task=task, **options), strict=True)):
+            line = {**row, **answer}
+            if path.suffix == ".jsonl":
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                continue
+            if number == 0:
+                writer.writerow(line)
+            writer.writerow(
+                [value if isinstance(value, str | int | float) else json.dumps(value) for value in line.values()]
+            )
+    return len(rows)
+
+
+def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    chunk: list[Mapping[str, Any]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

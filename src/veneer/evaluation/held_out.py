@@ -1,0 +1,185 @@
+"""Held-out evaluation of an adapter, with the plain base beside it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from veneer.adapters import Adapter
+from veneer.data import read
+from veneer.evaluation.intervals import of_mean
+from veneer.tasks import Task, adapter_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric, with its 95 % interval where it is a mean over rows."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """Of one value a row."""
+        return cls(fmean(values), *of_mean(values))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        task: the task's name.
+        rows: rows evaluated.
+        adapter: metric -> score of the adapter.
+        base: the same of the plain base; for tasks it cannot do, of always giving the commonest answer.
+        by_task: the adapter's scores for each value of the rows' ``task`` column, if they have one.
+        predictions: the adapter's, in the order of the rows.
+        base_predictions: the base's, likewise, or None.
+        seconds: it took.
+    """
+
+    task: str
+    rows: int
+    adapter: dict[str, Score]
+    base: dict[str, Score] | None
+    by_task: dict[str, dict[str, Score]]
+    predictions: list[dict[str, Any]]
+    base_predictions: list[dict[str, Any]] | None
+    seconds: float
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values for JSON, without the predictions."""
+
+        def scores(of: Mapping[str, Score] | None) -> dict[str, Any] | None:
+            return None if of is None else {name: vars(score) for name, score in of.items()}
+
+        return {
+            "task": self.task,
+            "rows": self.rows,
+            "adapter": scores(self.adapter),
+            "base": scores(self.base),
+            "by_task": {name: scores(of) for name, of in self.by_task.items()},
+            "seconds": self.seconds,
+        }
+
+
+def evaluate(
+    adapter: Adapter,
+    data: Any,
+    *,
+    task: Task | None = None,
+    base: bool = True,
+    limit: int | None = None,
+    batch_size: int = 16,
+    split: str = "test",
+    columns: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Evaluate an adapter on held-out rows.
+
+    Args:
+        adapter: what to evaluate.
+        data: anything `veneer.data.read` takes.
+        task: by default the one it was trained for.
+        base: whether to evaluate the plain base, too.
+        limit: evaluate a random choice of this many rows.
+        batch_size: rows a batch.
+        split: of a hub or catalogue data set.
+        columns: our name of a column -> its name in the data.
+        progress: told what is being done.
+
+    Raises:
+        DataError: the data cannot be read or doesn't suit the task.
+    """
+    started = time.perf_counter()
+    task = task or adapter_task(adapter)
+    rows = read(data, split=split, columns=columns)
+    task.check_format(rows)
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=0).select(range(limit))
+    adapter.eval()
+    progress(f"adapter: {len(rows)} rows")
+    ours = _evaluated(task, adapter, adapter, rows, batch_size)
+    theirs: _Evaluated | None = None
+    if base and task.plain_base:
+        progress(f"plain base: {len(rows)} rows")
+        with adapter.base.using(None):
+            theirs = _evaluated(task, adapter, adapter.base.model, rows, batch_size)
+    elif base:
+        theirs = _Evaluated({}, task.commonest(list(rows)), [])
+    return Report(
+        task=task.name,
+        rows=len(rows),
+        adapter=ours.scores(),
+        base=theirs.scores() if theirs else None,
+        by_task=_by_task(rows, ours.by_row),
+        predictions=ours.predictions,
+        base_predictions=theirs.predictions if theirs else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """Metrics over all items at once, metrics by row, and predictions."""
+
+    overall: dict[str, float]
+    by_row: dict[str, list[float]]
+    predictions: list[dict[str, Any]]
+
+    def scores(self) -> dict[str, Score]:
+        overall = {name: Score(value) for name, value in self.overall.items()}
+        return overall | {name: Score.of(values) for name, values in self.by_row.items()}
+
+
+def _evaluated(task: Task, adapter: Adapter, model: nn.Module, rows: Dataset, batch_size: int) -> _Evaluated:
+    overall = _overall(task, adapter, model, rows, batch_size)
+    everything = list(rows)
+    if not all(task.has_answer(row) for row in everything):
+        return _Evaluated(overall, {}, [])
+    order = sorted(range(len(rows)), key=lambda index: len(str(everything[index])))  # like lengths: less padding
+    answers = task.predict(model, adapter.base, [everything[index] for index in order], batch_size=batch_size)
+    predictions: list[dict[str, Any]] = [{}] * len(rows)
+    for index, answer in zip(order, answers, strict=True):
+        predictions[index] = answer
+    return _Evaluated(overall, task.score(everything, predictions), predictions)
+
+
+def _overall(task: Task, adapter: Adapter, model: nn.Module, rows: Dataset, batch_size: int) -> dict[str, float]:
+    """Loss and the task's metrics over all items: each weighs the same whatever row it is in."""
+    base = adapter.base
+    examples = task.prepare(rows, base.tokenizer).examples
+    examples = examples.select(torch.tensor(examples["length"][:]).argsort(stable=True).tolist())
+    sums = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            chosen = examples.select(range(start, min(start + batch_size, len(examples))))
+            batch = task.collate(list(chosen), base.tokenizer)
+            outcome = task.outcome(model, {name: value.to(base.device) for name, value in batch.items()})
+            sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
+    loss, items, correct = sums.tolist()
+    return {"loss": loss / items, **task.metrics(loss / items, correct / items)}
+
+
+def _by_task(rows: Dataset, by_row: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Score]]:
+    if "task" not in rows.column_names:
+        return {}
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(rows["task"]):
+        places[str(name)].append(index)
+    return {
+        name: {metric: Score.of([of[index] for index in indices]) for metric, of in by_row.items()}
+        for name, indices in places.items()
+    }

@@ -1,0 +1,260 @@
+"""The base is never harmed; an adapter acts exactly when it should."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from conftest import perturb, tiny_bert, tiny_llama
+
+import veneer
+from veneer.errors import AdapterError, UnknownName
+
+IDS = torch.arange(2 * 9).view(2, 9) + 3
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def snapshot(base: veneer.Base) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in base.model.state_dict().items()}
+
+
+def same_state(base: veneer.Base, before: dict[str, torch.Tensor]) -> bool:
+    state = base.model.state_dict()
+    return list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in before)
+
+
+@pytest.fixture(params=[tiny_llama, tiny_bert], ids=["llama", "bert"])
+def base(request: pytest.FixtureRequest) -> veneer.Base:
+    return veneer.Base(request.param())
+
+
+def test_identity_at_initialisation_is_bitwise(base: veneer.Base) -> None:
+    plain = logits(base.model)
+    assert torch.equal(logits(base.attach(veneer.LoRA(rank=4))), plain)
+
+
+def test_base_is_bit_identical_through_attach_train_merge_detach(base: veneer.Base) -> None:
+    before, plain = snapshot(base), logits(base.model)
+    classes = [type(module) for module in base.model.modules()]
+    trainable = [p.requires_grad for p in base.model.parameters()]
+    adapter = base.attach(veneer.LoRA(rank=4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1)
+    for _ in range(3):
+        adapter.train()
+        adapter(input_ids=IDS).logits.square().mean().backward()
+        assert all(p.grad is None for name, p in base.model.named_parameters() if "veneer" not in name)
+        optimizer.step()
+    adapter.eval()
+    assert (logits(adapter) - plain).abs().max() > 1e-3
+    adapter.merged()
+    assert same_state(base, before)
+    assert torch.equal(logits(base.model), plain)
+    base.detach("default")
+    assert same_state(base, before)
+    assert [type(module) for module in base.model.modules()] == classes
+    assert [p.requires_grad for p in base.model.parameters()] == trainable
+    assert not any(m._forward_hooks for m in base.model.modules())
+
+
+def test_who_acts_when(base: veneer.Base) -> None:
+    plain = logits(base.model)
+    one, two = base.attach(veneer.LoRA(rank=2), "one"), base.attach(veneer.LoRA(rank=3, targets=["q", "up"]), "two")
+    perturb(one, seed=1)
+    perturb(two, seed=2)
+    first, second = logits(one), logits(two)
+    assert (first - plain).abs().max() > 1e-3
+    assert (second - first).abs().max() > 1e-3
+    assert torch.equal(logits(base.model), plain)
+    with base.using("two"):
+        assert torch.equal(logits(base.model), second)
+        with base.using(None):
+            assert torch.equal(logits(base.model), plain)
+        assert torch.equal(logits(one), first)
+        assert torch.equal(logits(base.model), second)
+    base.activate("one")
+    assert torch.equal(logits(base.model), first)
+    base.detach("one")
+    assert torch.equal(logits(base.model), plain)
+    assert torch.equal(logits(two), second)
+
+
+def test_an_exception_leaves_nothing_behind(base: veneer.Base) -> None:
+    plain, before = logits(base.model), snapshot(base)
+    adapter = base.attach(
+        veneer.LoRA(rank=2),
+        modules={"classifier": {"weight": torch.ones(5, 32), "bias": torch.ones(5)}}
+        if hasattr(base.model, "classifier")
+        else None,
+    )
+    perturb(adapter)
+    adapted = logits(adapter)
+    broken = base.model.get_submodule(base.sites[9].path)
+    handle = broken.register_forward_pre_hook(lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            adapter(input_ids=IDS)
+    handle.remove()
+    assert torch.equal(logits(base.model), plain)
+    assert torch.equal(logits(adapter), adapted)
+    assert same_state(base, before)
+
+
+def test_lowering_that_fails_leaves_nothing_behind(base: veneer.Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = logits(base.model)
+    adapter = base.attach(veneer.LoRA(rank=2))
+    perturb(adapter)
+    adapted = logits(adapter)
+    with monkeypatch.context() as patch:
+        patch.setattr(veneer.LoRA, "lower", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapter(input_ids=IDS)
+    assert torch.equal(logits(base.model), plain)
+    assert torch.equal(logits(adapter), adapted)
+
+
+def test_deep_copy_is_independent(base: veneer.Base) -> None:
+    adapter = base.attach(veneer.LoRA(rank=2))
+    perturb(adapter)
+    adapted = logits(adapter)
+    twin = copy.deepcopy(base)
+    assert torch.equal(logits(twin["default"]), adapted)
+    perturb(twin["default"], seed=7)
+    with torch.no_grad():
+        next(iter(twin.backbone.parameters())).add_(1)
+    assert torch.equal(logits(adapter), adapted)
+    assert (logits(twin["default"]) - adapted).abs().max() > 1e-3
+
+
+def test_merged_equals_adapted() -> None:
+    """float64, perturbed weights, non-zero biases, alpha other than rank."""
+    for make in (tiny_llama, tiny_bert):
+        base = veneer.Base(make().double())
+        adapter = base.attach(veneer.LoRA(rank=4, alpha=10)).double()
+        perturb(adapter)
+        plain, adapted = logits(base.model), logits(adapter)
+        assert (adapted - plain).abs().max() > 1e-3
+        merged = adapter.merged()
+        assert not hasattr(merged, "veneer_adapters")
+        assert (logits(merged) - adapted).abs().max() / adapted.abs().max() < 1e-10
+
+
+def test_head_of_another_size_and_merging_it() -> None:
+    base = veneer.Base(tiny_bert().double())
+    plain = logits(base.model)
+    head = {"classifier": {"weight": torch.randn(5, 32), "bias": torch.randn(5)}}
+    adapter = base.attach(veneer.LoRA(rank=2), modules=head).double()
+    perturb(adapter)
+    assert logits(adapter).shape == (2, 5)
+    assert torch.equal(logits(base.model), plain)
+    assert (logits(adapter.merged()) - logits(adapter)).abs().max() < 1e-10
+
+
+def test_the_adapter_is_a_module_of_its_own() -> None:
+    base = veneer.Base(tiny_llama())
+    adapter = base.attach(veneer.LoRA(rank=2))
+    assert len(adapter.state_dict()) == 28
+    assert all(name.startswith("base_model.model.model.layers.") for name in adapter.state_dict())
+    assert inspect.signature(adapter.forward) == inspect.signature(base.model.forward)
+    assert not any("veneer" in name for name in base.model.state_dict())
+    assert base.model.load_state_dict(base.model.state_dict()).missing_keys == []
+    adapter.to(torch.bfloat16)
+    assert base.dtype == torch.float32
+    assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
+    base.model.to(torch.float64)  # the model finds its adapters
+    assert {p.dtype for p in adapter.parameters()} == {torch.float64}
+    adapter.train()
+    assert base.model.training
+    base.model.eval()
+    assert not adapter.training
+
+
+def test_saving_the_model_writes_the_plain_base(tmp_path: object) -> None:
+    base = veneer.Base(tiny_llama())
+    plain = logits(base.model)
+    perturb(base.attach(veneer.LoRA(rank=2)))
+    base.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(veneer.load_base(tmp_path).model), plain)  # type: ignore[arg-type]
+
+
+def test_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for on in (False, True):
+        base = veneer.Base(tiny_llama().double())
+        adapter = base.attach(veneer.LoRA(rank=2)).double()
+        perturb(adapter)
+        if on:
+            base.enable_checkpointing()
+        adapter.train()
+        loss = adapter(input_ids=IDS, use_cache=False).logits.square().mean()
+        base.activate(None)  # what acts later must not matter to the recomputation
+        with base.using(None):
+            logits(base.model)
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]))
+    assert gradients[0].abs().max() > 1e-6
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    base = veneer.Base(tiny_llama())
+    adapter = base.attach(veneer.LoRA(rank=4, dropout=0.5))
+    perturb(adapter)
+    adapter.train()
+    assert not torch.equal(logits(adapter), logits(adapter))
+    adapter.eval()
+    assert torch.equal(logits(adapter), logits(adapter))
+
+
+def test_seed_decides_and_the_global_state_is_left_alone() -> None:
+    base = veneer.Base(tiny_llama())
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    same = [
+        base.attach(veneer.LoRA(rank=2), name, seed=seed).state_dict() for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert torch.equal(torch.rand(1), expected)
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    assert torch.equal(same[0][key], same[1][key])
+    assert not torch.equal(same[0][key], same[2][key])
+
+
+def test_mistakes(base: veneer.Base) -> None:
+    base.attach(veneer.LoRA(rank=2), "support")
+    with pytest.raises(AdapterError, match="attached already"):
+        base.attach(veneer.LoRA(rank=2), "support")
+    with pytest.raises(AdapterError, match="no adapter name"):
+        base.attach(veneer.LoRA(rank=2), "a.b")
+    with pytest.raises(UnknownName, match=r"No adapter 'suport' here. Did you mean 'support'"), base.using("suport"):
+        pass
+    with pytest.raises(AdapterError, match="already carries adapters"):
+        veneer.Base(base.model)
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "layers", "expected"), [("base", 768, 12, 294_912), ("large", 1024, 24, 786_432)]
+)
+def test_published_counts_roberta(size: str, hidden: int, layers: int, expected: int) -> None:
+    """LoRA r = 8 on q and v (Hu et al. 2021, table 2)."""
+    import transformers
+
+    config = (
+        transformers.RobertaConfig(
+            vocab_size=50265,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            intermediate_size=4 * hidden,
+        )
+        if size == "large"
+        else transformers.RobertaConfig(vocab_size=50265)
+    )
+    with torch.device("meta"):
+        model = transformers.RobertaModel(config)
+    assert veneer.Base(model).attach(veneer.LoRA(rank=8, targets=["q", "v"])).trainable == expected

@@ -1,0 +1,140 @@
+"""peft reads what we write and we read what it writes: equal outputs and gradients."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import perturb, tiny_bert, tiny_llama
+
+import veneer
+from veneer.errors import AdapterFileError
+
+# peft 0.21 calls names that transformers 5 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+IDS = torch.arange(2 * 9).view(2, 9) + 3
+
+
+def outputs_and_gradients(
+    model: torch.nn.Module, ids: torch.Tensor = IDS
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    logits = model(input_ids=ids).logits
+    logits.double().square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), grads
+
+
+def peft_over(model: transformers.PreTrainedModel, **changes: object) -> peft.PeftModel:
+    task = "SEQ_CLS" if "Classification" in type(model).__name__ else "CAUSAL_LM"
+    settings: dict[str, object] = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "task_type": task}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings | changes))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return wrapped.eval()
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).abs().max() / theirs.abs().max())
+
+
+def peft_names(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.replace(".default.", ".").replace("modules_to_save.", "").replace("original_module.", ""): grad
+        for name, grad in grads.items()
+    }
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert], ids=["llama", "bert"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"target_modules": ["k_proj", "v_proj", "query", "value"]}]
+)
+def test_peft_writes_and_we_read(make: object, changes: dict[str, object], tmp_path: Path) -> None:
+    theirs = peft_over(make().double(), **changes).double()  # type: ignore[operator]
+    theirs.save_pretrained(tmp_path)
+    ours = veneer.Base(make().double()).load(tmp_path, "theirs").double()  # type: ignore[operator]
+    plain, _ = outputs_and_gradients(ours)
+    expected, expected_grads = outputs_and_gradients(theirs)
+    got, grads = outputs_and_gradients(ours)
+    assert error(ours.base.model(input_ids=IDS).logits, expected) > 1e-3
+    assert error(got, expected) < 1e-10
+    assert set(grads) == set(peft_names(expected_grads))
+    for name, grad in peft_names(expected_grads).items():
+        assert error(grads[name], grad) < 1e-10, name
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert], ids=["llama", "bert"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q", "v"), "mlp", ("layer.1.attention.self.query", "layers.1.mlp.up_proj")]
+)
+def test_we_write_and_peft_reads(make: object, targets: object, tmp_path: Path) -> None:
+    model = make().double()  # type: ignore[operator]
+    base = veneer.Base(model)
+    if isinstance(targets, tuple) and "." in targets[0]:
+        targets = targets[0] if hasattr(model, "bert") else targets[1]
+    head = {"classifier": {"weight": torch.randn(3, 32), "bias": torch.randn(3)}} if hasattr(model, "bert") else None
+    task = {"name": "x", "peft_task_type": "SEQ_CLS" if head else "CAUSAL_LM"}
+    ours = base.attach(veneer.LoRA(rank=3, alpha=7, targets=targets), modules=head, task=task).double()
+    perturb(ours)
+    ours.save(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns about missing and unexpected keys
+        theirs = peft.PeftModel.from_pretrained(make().double(), tmp_path / "ours", is_trainable=True).double().eval()  # type: ignore[operator]
+    expected, expected_grads = outputs_and_gradients(theirs)
+    got, grads = outputs_and_gradients(ours)
+    assert error(base.model(input_ids=IDS).logits, expected) > 1e-3
+    assert error(got, expected) < 1e-10
+    assert set(grads) == set(peft_names(expected_grads))
+    for name, grad in peft_names(expected_grads).items():
+        assert error(grads[name], grad) < 1e-10, name
+
+
+def test_on_a_real_model(smollm: veneer.Base, tmp_path: Path) -> None:
+    """float32 and bf16 errors against float64: at most 2 and 1.5 times peft's own."""
+    ids = smollm.tokenizer("The quick brown fox jumps over the lazy dog, and then", return_tensors="pt")["input_ids"]
+    adapter = smollm.attach(veneer.LoRA(rank=8, alpha=20))
+    perturb(adapter, std=0.02)
+    adapter.save(tmp_path / "a")
+    results: dict[torch.dtype, list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        base = veneer.load_base("smollm2-135m-instruct", dtype=dtype)
+        ours = base.load(tmp_path / "a")
+        ours = ours.double() if dtype == torch.float64 else ours
+        mine = outputs_and_gradients(ours, ids)
+        with torch.no_grad():
+            assert error(base.model(input_ids=ids).logits, mine[0]) > 1e-3
+        base.detach("a")
+        theirs = peft.PeftModel.from_pretrained(base.model, tmp_path / "a", is_trainable=True).eval()
+        theirs = theirs.double() if dtype == torch.float64 else theirs
+        reference = outputs_and_gradients(theirs, ids)
+        results[dtype] = [mine, (reference[0], peft_names(reference[1]))]
+    (truth, truth_grads), (other, other_grads) = results[torch.float64]
+    assert error(truth, other) < 1e-10
+    assert max(error(truth_grads[name], other_grads[name]) for name in truth_grads) < 1e-9
+    for dtype, factor in ((torch.float32, 2), (torch.bfloat16, 1.5)):
+        (ours, grads), (theirs, their_grads) = results[dtype]
+        assert error(ours, truth) <= factor * error(theirs, truth)
+        mine_, peft_ = ((_all(g) - _all(truth_grads)).norm() for g in (grads, their_grads))
+        assert mine_ <= factor * peft_
+
+
+def _all(grads: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([grads[name].double().flatten() for name in sorted(grads)])
+
+
+def test_what_we_do_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    peft_over(tiny_llama(), use_dora=True).save_pretrained(tmp_path / "dora")
+    with pytest.raises(AdapterFileError, match="use_dora"):
+        veneer.Base(tiny_llama()).load(tmp_path / "dora")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.IA3Config(task_type="CAUSAL_LM"))
+    wrapped.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(AdapterFileError, match="IA3"):
+        veneer.Base(tiny_llama()).load(tmp_path / "ia3")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_bert, tiny_llama
+
+from veneer.bases import SiteMap
+from veneer.errors import TargetError
+
+
+def test_llama_roles_groups_and_layers() -> None:
+    sites = SiteMap(tiny_llama())
+    assert len(sites) == 14
+    first = sites.resolve("model.layers.0.self_attn.k_proj")[0]
+    assert (first.role, first.group, first.layer) == ("k", "attention", 0)
+    assert (first.in_features, first.out_features) == (32, 16)
+    assert {site.role for site in sites.resolve("mlp")} == {"gate", "up", "down"}
+    assert len(sites.resolve(["q", "v"])) == 4
+
+
+def test_bert_roles_and_what_all_linear_leaves_out() -> None:
+    sites = SiteMap(tiny_bert())
+    assert {site.role for site in sites.resolve("all-linear")} == {"q", "k", "v", "o", "up", "down"}
+    assert "classifier" not in {site.path for site in sites}  # heads belong to tasks
+    assert not any("pooler" in site.path for site in sites.resolve("all-linear"))
+    assert [site.path for site in sites.resolve("pooler.dense")] == ["bert.pooler.dense"]
+
+
+def test_plain_module_without_layers() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(3, 4), "second": torch.nn.Linear(4, 2)})
+    assert [site.path for site in SiteMap(model).resolve("all-linear")] == ["first", "second"]
+
+
+def test_unmatched_target_names_the_nearest() -> None:
+    with pytest.raises(TargetError, match=r"'q_porj' matches nothing.*Did you mean 'q_proj'"):
+        SiteMap(tiny_llama()).resolve(["v_proj", "q_porj"])
+    with pytest.raises(TargetError, match="No targets"):
+        SiteMap(tiny_llama()).resolve([])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", ["q", "v"], "layers.1.mlp.up_proj"])
+def test_shortest_names_pick_the_same_sites_as_endings(targets: str | list[str]) -> None:
+    for model in (tiny_llama(), tiny_bert()):
+        sites = SiteMap(model)
+        if targets == "layers.1.mlp.up_proj" and "bert" in type(model).__name__.lower():
+            continue
+        chosen = sites.resolve(targets)
+        names = tuple("." + name for name in sites.shortest_names(chosen))
+        paths = [path for path, _ in model.named_modules() if ("." + path).endswith(names)]
+        assert paths == [site.path for site in chosen]

@@ -1,0 +1,98 @@
+"""Shared bases. Real ones are loaded once a session; tests that attach to them detach again."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import veneer
+
+
+@pytest.fixture(scope="session")
+def _smollm() -> veneer.Base:
+    return veneer.load_base("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def smollm(_smollm: veneer.Base) -> Iterator[veneer.Base]:
+    """SmolLM2-135M-Instruct, plain again after the test."""
+    yield _smollm
+    for name in list(_smollm.adapters):
+        _smollm.detach(name)
+    _smollm.model.eval()
+
+
+@pytest.fixture(scope="session")
+def _minilm() -> veneer.Base:
+    return veneer.load_base("minilm-l6", task="sequence-classification")
+
+
+@pytest.fixture
+def minilm(_minilm: veneer.Base) -> Iterator[veneer.Base]:
+    """MiniLM-L6 with a classification head, plain again after the test."""
+    yield _minilm
+    for name in list(_minilm.adapters):
+        _minilm.detach(name)
+    _minilm.model.eval()
+
+
+def tiny_llama(**changes: object) -> transformers.PreTrainedModel:
+    """A two-layer Llama with grouped query attention, random weights."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes)).eval()
+
+
+def tiny_bert(**changes: object) -> transformers.PreTrainedModel:
+    """A two-layer BERT classifier with three labels, random weights and biases."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": 3,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**settings | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def perturb(module: torch.nn.Module, std: float = 0.1, seed: int = 1) -> None:
+    """Random values for all parameters, so that nothing is zero by initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
