@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -96,3 +97,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, _smollm: veneer.Base) -> Path:
+    """A model folder: a tiny random Llama with SmolLM2's tokenizer and chat template."""
+    path = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    tiny_llama(vocab_size=49152, initializer_range=0.1).save_pretrained(path)
+    _smollm.tokenizer.save_pretrained(path)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """A JSONL file of rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sums(count: int, start: int = 0) -> list[dict[str, object]]:
+    """Prompts and completions of uneven length."""
+    return [
+        {
+            "prompt": f"What is {n} plus {n % 7}?" + " Please." * (n % 5),
+            "completion": f"{n + n % 7}" + " it is" * (n % 3),
+        }
+        for n in range(start, start + count)
+    ]

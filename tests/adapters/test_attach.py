@@ -7,9 +7,9 @@ import inspect
 
 import pytest
 import torch
-from conftest import perturb, tiny_bert, tiny_llama
 
 import veneer
+from conftest import perturb, tiny_bert, tiny_llama
 from veneer.errors import AdapterError, UnknownName
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturb, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import veneer
+from conftest import perturb, tiny_bert, tiny_llama
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError
 

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import perturb, tiny_bert, tiny_llama
 
 import veneer
+from conftest import perturb, tiny_bert, tiny_llama
 from veneer.errors import AdapterFileError
 
 # peft 0.21 calls names that transformers 5 has deprecated.
@@ -61,7 +61,6 @@ def test_peft_writes_and_we_read(make: object, changes: dict[str, object], tmp_p
     theirs = peft_over(make().double(), **changes).double()  # type: ignore[operator]
     theirs.save_pretrained(tmp_path)
     ours = veneer.Base(make().double()).load(tmp_path, "theirs").double()  # type: ignore[operator]
-    plain, _ = outputs_and_gradients(ours)
     expected, expected_grads = outputs_and_gradients(theirs)
     got, grads = outputs_and_gradients(ours)
     assert error(ours.base.model(input_ids=IDS).logits, expected) > 1e-3

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 
 import veneer
+from conftest import tiny_llama
 from veneer.bases.catalogue import CATALOGUE, Entry
 from veneer.errors import BaseError, FetchError
 from veneer.packages import Package

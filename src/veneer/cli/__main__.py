@@ -11,17 +11,7 @@ from cyclopts import App, CycloptsError
 import veneer
 from veneer.errors import VeneerError
 
-app = App(
-    name="veneer",
-    version=veneer.__version__,
-    help="Parameter-efficient fine-tuning: thin trainable layers over one frozen model.",
-    help_epilogue=(
-        "First steps: `veneer demo` trains a real model in minutes; `veneer train --help` shows how to train "
-        "on your own file. Every command explains itself with --help."
-    ),
-    result_action="return_value",
-)
-for _name, _help in {
+COMMANDS = {
     "demo": "Train a real model on a real task, in minutes, and prove what it learned.",
     "train": "Train an adapter from a config and key=value overrides.",
     "eval": "Evaluate an adapter on held-out data, the plain base beside it.",
@@ -30,15 +20,34 @@ for _name, _help in {
     "merge": "Fold an adapter into its base and write the whole model.",
     "methods": "List the PEFT methods, or show the settings of one.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
-}.items():
-    app.command(f"veneer.cli.{_name}:{_name}_", name=_name, help=_help)
+}
+FIRST_STEPS = (
+    "First steps: `veneer demo` trains a real model in minutes; `veneer train --help` shows how to train "
+    "on your own file. Every command explains itself with --help."
+)
+
+
+def build(chosen: str | None) -> App:
+    """The app. All commands but the chosen one have just a line of help, so that none of them is imported."""
+    app = App(
+        name="veneer",
+        version=veneer.__version__,
+        help="Parameter-efficient fine-tuning: thin trainable layers over one frozen model.",
+        help_epilogue=None if chosen in COMMANDS else FIRST_STEPS,
+        help_format="markdown" if chosen not in COMMANDS else "plaintext",
+        result_action="return_value",
+    )
+    for name, summary in COMMANDS.items():
+        app.command(f"veneer.cli.{name}:{name}_", name=name, **({} if name == chosen else {"help": summary}))
+    return app
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; exits 0, or 2 after a user's mistake, or 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments if arguments is not None else sys.argv[1:], exit_on_error=False, print_error=True)
+        build(given[0] if given else None)(given, exit_on_error=False, print_error=True)
     except CycloptsError:
         sys.exit(2)
     except VeneerError as error:

@@ -78,7 +78,8 @@ def demo_(
     console.print(f"  adapter  {shown(after)}")
     console.print(
         f"trained {result.trainable:,} numbers, {result.trainable_share:.2%} of the base, "
-        f"in {duration(result.seconds)}; adapter {size(result.adapter_bytes)} in {output}, base {size(result.base_bytes)}"
+        f"in {duration(result.seconds)}; "
+        f"adapter {size(result.adapter_bytes)} in {output}, base {size(result.base_bytes)}"
     )
     console.print(f"The base is {BASE}; {CATALOGUE[BASE].note}.")
     console.print("\nNext:")

@@ -22,7 +22,7 @@ class HeadOnly(Method):
 
     name: ClassVar[str] = "head"
     summary: ClassVar[str] = "trains the task's head only: the baseline for classification"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-2
     peft_type: ClassVar[str] = "VENEER_HEAD"
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:

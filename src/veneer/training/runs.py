@@ -258,8 +258,8 @@ def _at(validations: list[dict[str, Any]], step: int) -> dict[str, float] | None
 def _header(adapter: Adapter, task: Task, train_set: Prepared, validation: Prepared | None) -> None:
     base = adapter.base
     console.print(
-        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}  ·  "
-        f"[bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
+        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}"
+        f"  ·  [bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
     )
     for name, part in (("training", train_set), ("validation", validation)):
         if part is None:

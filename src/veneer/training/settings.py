@@ -75,7 +75,6 @@ class TrainSettings(BaseModel):
             "max_grad_norm": self.max_grad_norm,
             "optim": self.optimizer,
             "train_sampling_strategy": "group_by_length" if self.group_by_length else "random",
-            "length_column_name": "length",
             "logging_steps": self.log_every,
             "logging_nan_inf_filter": False,
             "report_to": list(self.trackers) or "none",

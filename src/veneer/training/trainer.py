@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Adapter
 from veneer.adapters.files import WEIGHTS
+from veneer.data.batching import EpochSampler
 from veneer.storage import write_text
 from veneer.tasks import Prepared, Task
 
@@ -62,6 +63,13 @@ class Trainer(transformers.Trainer):
             callbacks=list(callbacks),
         )
         self.remove_callback(transformers.PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        lengths = rows["length"][:] if by_length else None
+        return EpochSampler(len(rows), self.args.data_seed or 0, lengths, group)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Items of one optimiser step over all its micro-batches (and processes)."""

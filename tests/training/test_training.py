@@ -1,0 +1,177 @@
+"""Training from Python: it learns, its arithmetic is exact, others' trainers work on an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import veneer
+from conftest import sums, tiny_bert, tiny_llama
+from veneer.errors import ConfigError
+
+IDS = torch.arange(40).view(8, 5) + 3
+
+
+OTHER = [{"prompt": "Name a stone.", "completion": "Quartz, or obsidian 1 it is."}]
+"""What gets worse while sums are learned."""
+
+
+def tiny(folder: Path) -> veneer.Adapter:
+    return veneer.load_base(folder, dtype="float32").attach(veneer.LoRA(rank=4), "t")
+
+
+def state(adapter: veneer.Adapter) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in adapter.state_dict().values()])
+
+
+def test_it_learns(tiny_folder: Path, tmp_path: Path) -> None:
+    adapter = tiny(tiny_folder)
+    result = veneer.train(
+        adapter, sums(40), validation=sums(10), epochs=6, learning_rate=1e-2, output=tmp_path / "run", samples=0
+    )
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after["loss"] < result.before["loss"] - 1
+    assert result.steps == 30
+    assert result.trainable == adapter.trainable
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [10, 20, 30]
+    assert {"learning_rate", "tokens_per_second", "peak_memory"} <= set(steps[0])
+    assert log[0]["step"] == 0
+    assert "eval_perplexity" in log[0]
+    assert not adapter.training
+
+
+def test_batches_and_accumulation_are_the_same_step(tiny_folder: Path) -> None:
+    """8 × 1 equals 1 × 8 on rows of uneven length: losses are averaged over tokens."""
+    states = []
+    for batch, accumulation in ((8, 1), (1, 8), (2, 4)):
+        adapter = tiny(tiny_folder)
+        before = state(adapter)
+        veneer.train(
+            adapter, sums(24), validation=0, batch_size=batch, accumulation=accumulation, epochs=1, learning_rate=5e-3
+        )
+        states.append(state(adapter))
+        assert (states[-1] - before).abs().max() > 1e-3
+    assert (states[0] - states[1]).abs().max() < 1e-5
+    assert (states[0] - states[2]).abs().max() < 1e-5
+
+
+def test_the_best_weights_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    adapter = tiny(tiny_folder)
+    options = {"epochs": 8, "learning_rate": 0.05, "schedule": "constant", "samples": 0}
+    result = veneer.train(adapter, sums(16), validation=OTHER, output=tmp_path / "run", **options)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"]}
+    assert result.best_step == min(losses, key=losses.get)  # type: ignore[arg-type]
+    assert result.best_step != max(losses)  # else this shows nothing
+    again = veneer.train(adapter, sums(8), validation=OTHER, max_steps=1, learning_rate=1e-12, samples=0)
+    assert again.before is not None
+    assert again.before["loss"] == pytest.approx(losses[result.best_step], rel=1e-5)
+
+
+def test_validation_is_averaged_over_tokens(tiny_folder: Path) -> None:
+    losses = [
+        veneer.train(tiny(tiny_folder), sums(8), validation=sums(9), batch_size=size, max_steps=1, samples=0).before
+        for size in (1, 4)
+    ]
+    assert losses[0] is not None
+    assert losses[1] is not None
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-5)
+
+
+def test_classification_from_python(minilm: veneer.Base) -> None:
+    rows = [{"text": text, "label": label} for text, label in (("I love it", "good"), ("I hate it", "bad")) * 12]
+    adapter = minilm.attach(veneer.LoRA(rank=4))
+    result = veneer.train(adapter, rows, validation=rows[:2], epochs=4, learning_rate=2e-3)
+    assert result.after is not None
+    assert result.after["accuracy"] == 1
+    assert adapter.task["labels"] == ["bad", "good"]
+    assert next(iter(veneer.predict(adapter, [{"text": "I love it"}])))["label"] == "good"
+
+
+def test_checkpointing_gives_the_same_weights(tiny_folder: Path) -> None:
+    states = []
+    for on in (False, True):
+        adapter = tiny(tiny_folder)
+        veneer.train(adapter, sums(16), validation=0, epochs=1, checkpointing=on)
+        states.append(state(adapter))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
+def test_training_leaves_the_base_as_it_was(tiny_folder: Path) -> None:
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    settings = base.model.config.to_dict()
+    adapter = base.attach(veneer.LoRA(rank=4), "t")
+    veneer.train(adapter, sums(16), validation=sums(4), epochs=1)
+    base.detach("t")
+    assert base.model.config.to_dict() == settings
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, labels: torch.Tensor) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(IDS)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": IDS[index], "labels": self.labels[index]}
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_a_plain_transformers_trainer_trains_saves_and_resumes(make: object, tmp_path: Path) -> None:
+    model = make()  # type: ignore[operator]
+    labels = IDS if hasattr(model, "lm_head") else torch.arange(8) % 3
+    finals = []
+    for steps in ((4,), (2, 4)):
+        base = veneer.Base(make())  # type: ignore[operator]
+        adapter = base.attach(veneer.LoRA(rank=2))
+        out = tmp_path / f"{len(steps)}"
+        for upto in steps:
+            arguments = transformers.TrainingArguments(
+                output_dir=str(out),
+                max_steps=upto,
+                save_steps=2,
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+                learning_rate=1e-2,
+                lr_scheduler_type="constant",
+                per_device_train_batch_size=4,
+                dataloader_pin_memory=False,
+            )
+            trainer = transformers.Trainer(adapter, arguments, train_dataset=Rows(labels), eval_dataset=Rows(labels))
+            before = trainer.evaluate()["eval_loss"]
+            trainer.train(resume_from_checkpoint=str(out / "checkpoint-2") if upto > steps[0] else None)
+        assert trainer.evaluate()["eval_loss"] < before
+        finals.append(state(adapter))
+    assert torch.equal(finals[0], finals[1])
+
+
+def test_ddp_takes_an_adapter(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        adapter = veneer.Base(tiny_llama()).attach(veneer.LoRA(rank=2))
+        wrapped = torch.nn.parallel.DistributedDataParallel(adapter)
+        wrapped(input_ids=IDS, labels=IDS).loss.backward()
+        grads = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
+        adapter.zero_grad()
+        adapter(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(torch.equal(grad, p.grad) for grad, p in zip(grads, adapter.parameters(), strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_wrong_settings_are_told_together(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"epochs: .*greater than 0.*learning_rte: unknown key. Did you mean"):
+        veneer.train(tiny(tiny_folder), sums(4), epochs=0, learning_rte=1)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        veneer.train(veneer.Base(tiny_llama()).attach(veneer.LoRA()), sums(4), validation=0)
