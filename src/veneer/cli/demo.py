@@ -38,7 +38,7 @@ def demo_(
     from veneer.demo import BASE, demo
     from veneer.evaluation import Score
     from veneer.training.progress import console as progress
-    from veneer.training.progress import duration, size
+    from veneer.training.progress import duration, program, size
 
     result, report, rows = demo(output, say=lambda text: progress.print(f"[bold]{text}[/bold]"))
     assert report.base is not None
@@ -84,9 +84,9 @@ def demo_(
     console.print(f"The base is {BASE}; {CATALOGUE[BASE].note}.")
     console.print("\nNext:")
     prompt = rows[0]["prompt"].replace("\n", " ").replace('"', '\\"')
-    console.print(f'  veneer generate "{prompt}" --adapter {output} --compare', markup=False, soft_wrap=True)
+    console.print(f'  {program()} generate "{prompt}" --adapter {output} --compare', markup=False, soft_wrap=True)
     console.print(
-        f"  veneer train base={BASE} data.train=YOUR_FILE.jsonl output=runs/first"
+        f"  {program()} train base={BASE} data.train=YOUR_FILE.jsonl output=runs/first"
         '   # rows: {"prompt": "...", "completion": "..."}',
         markup=False,
         soft_wrap=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def program() -> str:
+    """How to call this command again: ``veneer`` if that is found, else the path it was called by."""
+    called = Path(sys.argv[0])
+    if called.name != "veneer" or shutil.which("veneer"):
+        return "veneer"
+    return os.path.relpath(called)
 
 
 def duration(seconds: float) -> str:

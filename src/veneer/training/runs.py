@@ -20,7 +20,7 @@ from veneer.errors import ConfigError, OutputError
 from veneer.storage import write_json, write_text
 from veneer.tasks import Prepared, Task, choose_task, load_base, task_class, task_from_config
 from veneer.training.config import RunConfig
-from veneer.training.progress import Progress, Samples, console, duration, peak_memory, size
+from veneer.training.progress import Progress, Samples, console, duration, peak_memory, program, size
 from veneer.training.settings import TrainSettings
 from veneer.training.trainer import Trainer, checkpoints
 
@@ -286,5 +286,5 @@ def _summary(adapter: Adapter, task: Task, result: Result, config: RunConfig) ->
     )
     folder = config.output / ADAPTER
     lines.append(f"saved      {folder}")
-    lines.append(f"next       veneer eval {config.output} DATA  ·  veneer predict {config.output} FILE")
+    lines.append(f"next       {program()} eval {config.output} DATA  ·  {program()} predict {config.output} FILE")
     console.print("\n".join(lines))
