@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 import veneer
+from helpers import tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -47,51 +45,6 @@ def minilm(_minilm: veneer.Base) -> Iterator[veneer.Base]:
     _minilm.model.eval()
 
 
-def tiny_llama(**changes: object) -> transformers.PreTrainedModel:
-    """A two-layer Llama with grouped query attention, random weights."""
-    settings = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    }
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes)).eval()
-
-
-def tiny_bert(**changes: object) -> transformers.PreTrainedModel:
-    """A two-layer BERT classifier with three labels, random weights and biases."""
-    settings = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "num_labels": 3,
-        "initializer_range": 0.3,
-    }
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**settings | changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    return model
-
-
-def perturb(module: torch.nn.Module, std: float = 0.1, seed: int = 1) -> None:
-    """Random values for all parameters, so that nothing is zero by initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh working folder."""
@@ -106,20 +59,3 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, _smollm: veneer.Base) 
     tiny_llama(vocab_size=49152, initializer_range=0.1).save_pretrained(path)
     _smollm.tokenizer.save_pretrained(path)
     return path
-
-
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
-    """A JSONL file of rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def sums(count: int, start: int = 0) -> list[dict[str, object]]:
-    """Prompts and completions of uneven length."""
-    return [
-        {
-            "prompt": f"What is {n} plus {n % 7}?" + " Please." * (n % 5),
-            "completion": f"{n + n % 7}" + " it is" * (n % 3),
-        }
-        for n in range(start, start + count)
-    ]

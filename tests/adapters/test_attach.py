@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import perturb, tiny_bert, tiny_llama
+from helpers import perturb, tiny_bert, tiny_llama
 from veneer.errors import AdapterError, UnknownName
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from conftest import perturb, tiny_bert, tiny_llama
+from helpers import perturb, tiny_bert, tiny_llama
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError
 

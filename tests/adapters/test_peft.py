@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import veneer
-from conftest import perturb, tiny_bert, tiny_llama
+from helpers import perturb, tiny_bert, tiny_llama
 from veneer.errors import AdapterFileError
 
 # peft 0.21 calls names that transformers 5 has deprecated.
@@ -133,7 +133,7 @@ def test_what_we_do_not_read_is_refused_by_name(tmp_path: Path) -> None:
     peft_over(tiny_llama(), use_dora=True).save_pretrained(tmp_path / "dora")
     with pytest.raises(AdapterFileError, match="use_dora"):
         veneer.Base(tiny_llama()).load(tmp_path / "dora")
-    wrapped = peft.get_peft_model(tiny_llama(), peft.IA3Config(task_type="CAUSAL_LM"))
-    wrapped.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(AdapterFileError, match="IA3"):
-        veneer.Base(tiny_llama()).load(tmp_path / "ia3")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "vera")
+    with pytest.raises(AdapterFileError, match="VERA"):
+        veneer.Base(tiny_llama()).load(tmp_path / "vera")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from helpers import tiny_llama
 from veneer.bases.catalogue import CATALOGUE, Entry
 from veneer.errors import BaseError, FetchError
 from veneer.packages import Package

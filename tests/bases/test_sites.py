@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import tiny_bert, tiny_llama
+from helpers import tiny_bert, tiny_llama
 from veneer.bases import SiteMap
 from veneer.errors import TargetError
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import veneer
-from conftest import sums, write_jsonl
+from helpers import sums, write_jsonl
 from veneer.cli.__main__ import main
 from veneer.data import read
 from veneer.errors import FetchError

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from conftest import sums, write_jsonl
+from helpers import sums, write_jsonl
 from veneer.data import Format, detect, read, split_off
 from veneer.errors import DataError, FetchError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import veneer
-from conftest import perturb, sums, write_jsonl
+from helpers import perturb, sums, write_jsonl
 from veneer.errors import AdapterError, DataError, OutputError
 from veneer.evaluation import predict_file, wilson
 from veneer.evaluation.intervals import of_mean

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import veneer
-from conftest import sums
+from helpers import sums
 from veneer.data import read
 from veneer.errors import DataError
 from veneer.tasks.causal_lm import IGNORED, CausalLM

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from helpers import tiny_llama
 from veneer.data import read
 from veneer.errors import BaseError, DataError
 from veneer.tasks.sequence_classification import SequenceClassification

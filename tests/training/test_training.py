@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import veneer
-from conftest import sums, tiny_bert, tiny_llama
+from helpers import sums, tiny_bert, tiny_llama
 from veneer.errors import ConfigError
 
 IDS = torch.arange(40).view(8, 5) + 3

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.execution import Plan
 from veneer.bases import Site
+from veneer.bases.weights import parameters_of, stored
 from veneer.deltas import Delta, Replace
 from veneer.methods import Lowering, Method
 
@@ -46,6 +46,7 @@ class Adapter(nn.Module):
         method: Method,
         sites: Sequence[Site],
         values: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
         task: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -55,8 +56,9 @@ class Adapter(nn.Module):
         self.sites = tuple(sites)
         self.task = dict(task)
         self.record: dict[str, Any] = {}
+        self._shared = self._own("", shared)
         self._at_sites = {path: self._own(path, tensors) for path, tensors in values.items()}
-        self._modules_in_full: dict[str, dict[str, nn.Parameter]] = {}
+        self._modules_in_full: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
     def over(cls, model: nn.Module) -> type[Self]:
@@ -79,16 +81,17 @@ class Adapter(nn.Module):
         with self.base.using(self.name):
             yield
 
-    def lower(self, training: bool | None = None) -> Plan:
-        """The deltas this adapter amounts to, by module path; in its own mode unless told which."""
-        step = Lowering(self.training if training is None else training, self.base.dtype)
-        plan: dict[str, Delta] = {
-            site.path: self.method.lower(site, self._at_sites[site.path], step) for site in self.sites
+    def lower(self, training: bool | None = None) -> dict[str, Delta]:
+        """The deltas this adapter amounts to, by where they act; in its own mode unless told which."""
+        step = Lowering(self.training if training is None else training, self.base.model)
+        plan = {
+            site.path: self.method.lower(site, {**self._shared, **self._at_sites[site.path]}, step)
+            for site in self.sites
         }
         plan.update({path: Replace(values) for path, values in self._modules_in_full.items()})
         return plan
 
-    def parameters_at(self, path: str) -> Mapping[str, nn.Parameter]:
+    def parameters_at(self, path: str) -> Mapping[str, Tensor]:
         """Its parameters at one site, by the method's names for them."""
         return self._at_sites[path]
 
@@ -97,7 +100,7 @@ class Adapter(nn.Module):
         self._modules_in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
 
     @property
-    def modules_in_full(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+    def modules_in_full(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The modules (a task's head) that run on parameters of the adapter's own, by path."""
         return self._modules_in_full
 
@@ -134,10 +137,10 @@ class Adapter(nn.Module):
             base.detach(name)
         for path, delta in plan.items():
             module = base.model.get_submodule(path)
-            own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
             with torch.no_grad():
-                for name, value in delta.merge_into(own).items():
-                    module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+                merged = stored(module, delta.merge_into(parameters_of(module)))
+            for name, value in merged.items():
+                module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=False)
         return base.model
 
     def save(self, folder: Any) -> None:
@@ -163,19 +166,24 @@ class Adapter(nn.Module):
         share = f"{self.trainable:,} trainable, {self.trainable_share:.2%} of {self.base.name}"
         return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
 
-    def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        """Register tensors as parameters under the path peft gives them."""
-        parameters = {}
+    def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Register tensors under the path peft gives them: floats as parameters, integers as buffers."""
+        owned: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            *parents, leaf = f"{PREFIX}{path}.{name}".split(".")
+            *parents, leaf = (f"{PREFIX}{path}.{name}" if path else name).split(".")
             node: nn.Module = self
             for parent in parents:
                 if parent not in node._modules:
                     node.add_module(parent, nn.Module())
                 node = node._modules[parent]  # type: ignore[assignment]
-            parameters[name] = nn.Parameter(tensor.to(self.base.device))
-            node.register_parameter(leaf, parameters[name])
-        return parameters
+            tensor = tensor.to(self.base.device)
+            if tensor.is_floating_point():
+                owned[name] = parameter = nn.Parameter(tensor)
+                node.register_parameter(leaf, parameter)
+            else:
+                owned[name] = tensor
+                node.register_buffer(leaf, tensor)
+        return owned
 
 
 @functools.cache

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.execution import Execution, SiteHooks, install
+from veneer.adapters.execution import Execution, Plan, install
+from veneer.adapters.hooks import SiteHooks
+from veneer.adapters.prefixes import AttentionHooks, PositionHooks
+from veneer.adapters.virtual_tokens import TokenHooks
 from veneer.bases import Pretrained
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import Method
@@ -85,7 +88,8 @@ class Base(Pretrained):
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
         values = {site.path: method.parameters(site, generator) for site in sites}
-        adapter = Adapter.over(self.model)(self, name, method, sites, values, task or {})
+        shared = method.shared(sites, self.model, generator)
+        adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
         adapter.train(self.model.training)
         if not self.adapters:
             self._freeze()
@@ -117,7 +121,7 @@ class Base(Pretrained):
         self.adapters = {key: value for key, value in self.adapters.items() if key != name}
         if self.active == name:
             self.activate(None)
-        self._execution.plan = {}
+        self._execution.plan = Plan()
         used = {path for other in self.adapters.values() for path in (*other._at_sites, *other.modules_in_full)}
         for path in set(self._handles) - used:
             if path != "" or not self.adapters:
@@ -142,14 +146,40 @@ class Base(Pretrained):
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[Base]:
         """Run the base with one adapter inside the block; None is the plain base."""
-        with self._execution.acting(self[name].lower if name is not None else None):
+        with self._execution.acting(self._lowering(name)):
+            yield self
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[Base]:
+        """Run batches of ``len(names)`` rows inside the block, each row with its own adapter, or none.
+
+        Kinds mix freely. Rows with None are computed as by the plain base. A generation with k beams, or k
+        sequences a row, takes the names of the rows it is given.
+
+        Raises:
+            UnknownName: a name is not attached.
+        """
+        chosen = {name: self[name] for name in names if name is not None}
+        places = {name: [row for row, each in enumerate(names) if each == name] for name in chosen}
+
+        def lower() -> Plan:
+            plans = [(places[name], Plan.of(adapter.lower())) for name, adapter in chosen.items()]
+            return Plan.by_rows(plans, len(names), self.sites.row_axis)
+
+        with self._execution.acting(lower):
             yield self
 
     def activate(self, name: str | None) -> None:
         """Run the base with one adapter from now on, also in code that knows nothing of veneer; None ends it."""
-        self._execution.lower = self[name].lower if name is not None else None
-        self._execution.plan = {}
+        self._execution.lower = self._lowering(name)
+        self._execution.plan = Plan()
         self.active = name
+
+    def _lowering(self, name: str | None) -> Callable[[], Plan] | None:
+        if name is None:
+            return None
+        adapter = self[name]
+        return lambda: Plan.of(adapter.lower())
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in backward instead of keeping them, with the plan the forward ran with.
@@ -186,10 +216,14 @@ class Base(Pretrained):
         return load(self, folder, name)
 
     def _hook(self, paths: Iterable[str]) -> None:
+        """Install the hooks of these places that are not there yet."""
+        attention = {site.path for site in self.sites.attention}
         for path in paths:
-            if path not in self._handles:
-                module = self.model.get_submodule(path)
-                self._handles[path] = SiteHooks(path, self._execution).install(module)
+            if path in self._handles:
+                continue
+            module = self.model.get_submodule(path)
+            hooks = AttentionHooks(path, self._execution) if path in attention else SiteHooks(path, self._execution)
+            self._handles[path] = hooks.install(module)
 
     def _check_name(self, name: str) -> None:
         if not name.replace("-", "_").replace("_", "a").isalnum() or not name.isascii():
@@ -206,7 +240,26 @@ class Base(Pretrained):
         self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
         self.model.add_module(_BANK, Bank())
-        self._handles[""] = install(self._execution, {self.model, self.backbone})
+        self._execution.configs = self._configs()
+        handles = install(self._execution, {self.model, self.backbone})
+        if self.sites.token_embedding is not None:
+            encoder, decoder = self._encoder_decoder()
+            hooks = TokenHooks(self._execution)
+            handles += hooks.install(encoder or self.model, self.sites.token_embedding, decoder)
+        for path in self.sites.positions:
+            handles += PositionHooks(path, self._execution).install(self.model.get_submodule(path))
+        self._handles[""] = handles
+
+    def _encoder_decoder(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The two halves of an encoder-decoder; None and None for everything else."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return None, None
+        return self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
+
+    def _configs(self) -> list[Any]:
+        """All config objects in the model, each once: every one of them names an attention implementation."""
+        found = {id(config): config for module in self.model.modules() if (config := getattr(module, "config", None))}
+        return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
     def _thaw(self) -> None:
         for parameter in self._was_trainable:

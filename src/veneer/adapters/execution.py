@@ -1,23 +1,68 @@
-"""What acts now: the plan of deltas, and the hooks that carry it out.
+"""What acts now: a plan of deltas, made once a step, and the state in which the base runs it.
 
-A plan maps module paths to deltas. It is made once at the start of each forward of the base, outside any
-activation checkpoint, and is read by one pair of hooks per site, installed once. Hooks never write to the base:
-a delta that needs other parameters has them swapped in for the module's own call and taken out again, also when
-the call fails.
+Hooks never write to the base for longer than a call: parameters and attention implementations are swapped in for a
+module's own call, or a forward, and put back, also when it fails.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.deltas import Delta
+from veneer.adapters import prefixes
+from veneer.deltas import Delta, KeyValues, Rows, Tokens
 
-Plan: TypeAlias = Mapping[str, Delta]
+ByRow = Sequence[Delta | None]
+"""A delta for each row of the batch, or none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Deltas by where they act.
+
+    Attributes:
+        modules: around modules, by path.
+        attention: keys and values in attention modules, by path; a list is by rows.
+        tokens: virtual tokens before the input; a list is by rows.
+        rows: how many rows the batch has, if the plan is by rows.
+    """
+
+    modules: Mapping[str, Delta] = field(default_factory=dict)
+    attention: Mapping[str, KeyValues | Sequence[KeyValues | None]] = field(default_factory=dict)
+    tokens: Tokens | Sequence[Tokens | None] | None = None
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, deltas: Mapping[str, Delta]) -> Plan:
+        """Of one adapter, for all rows."""
+        return cls(
+            {path: delta for path, delta in deltas.items() if not isinstance(delta, KeyValues | Tokens)},
+            {path: delta for path, delta in deltas.items() if isinstance(delta, KeyValues)},
+            next((delta for delta in deltas.values() if isinstance(delta, Tokens)), None),
+        )
+
+    @classmethod
+    def by_rows(cls, plans: Sequence[tuple[Sequence[int], Plan]], rows: int, axes: Callable[[str], int]) -> Plan:
+        """Of several adapters, each for some rows; ``axes`` gives the batch axis of a module's input."""
+        paths = dict.fromkeys(path for _, plan in plans for path in plan.modules)
+        modules = {
+            path: Rows([(mine, plan.modules[path]) for mine, plan in plans if path in plan.modules], rows, axes(path))
+            for path in paths
+        }
+
+        def spread(found: Sequence[Any]) -> list[Any]:
+            """One entry a row of one entry a plan."""
+            by_row = {row: each for (mine, _), each in zip(plans, found, strict=True) for row in mine}
+            return [by_row.get(row) for row in range(rows)]
+
+        layers = dict.fromkeys(path for _, plan in plans for path in plan.attention)
+        attention = {path: spread([plan.attention.get(path) for _, plan in plans]) for path in layers}
+        tokens = [plan.tokens for _, plan in plans]
+        return cls(modules, attention, spread(tokens) if any(each is not None for each in tokens) else None, rows)
 
 
 @dataclass(eq=False)
@@ -29,18 +74,25 @@ class Execution:
     """
 
     lower: Callable[[], Plan] | None = None
-    plan: Plan = field(default_factory=dict)
-    _depth: int = 0
+    plan: Plan = field(default_factory=Plan)
+    depth: int = 0
+    configs: Sequence[Any] = ()
+    _attention: list[tuple[Any, str]] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Pre-hook of the base: make the plan at the outermost call."""
-        self._depth += 1
-        if self._depth == 1:
-            self.plan = self.lower() if self.lower else {}
+        self.depth += 1
+        if self.depth == 1:
+            self.plan = self.lower() if self.lower else Plan()
+            if self.plan.attention:
+                self._attention = prefixes.switch_on(self.configs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Post-hook of the base, called after exceptions too."""
-        self._depth -= 1
+        self.depth -= 1
+        if self.depth == 0:
+            prefixes.switch_off(self._attention)
+            self._attention = []
 
     @contextlib.contextmanager
     def acting(self, lower: Callable[[], Plan] | None) -> Iterator[None]:
@@ -58,49 +110,12 @@ class Execution:
     @contextlib.contextmanager
     def _with_plan(self, plan: Plan) -> Iterator[None]:
         before, self.plan = self.plan, plan
+        switched = prefixes.switch_on(self.configs) if plan.attention else []
         try:
             yield
         finally:
+            prefixes.switch_off(switched)
             self.plan = before
-
-
-class SiteHooks:
-    """The pair of hooks of one module."""
-
-    def __init__(self, path: str, execution: Execution) -> None:
-        self.path = path
-        self.execution = execution
-        self._own: list[dict[str, Tensor | None]] = []
-
-    def install(self, module: nn.Module) -> list[Any]:
-        """Register both hooks; the handles remove them again."""
-        return [
-            module.register_forward_pre_hook(self.before),
-            module.register_forward_hook(self.after, always_call=True),
-        ]
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Swap in the parameters the delta wants the module to run on."""
-        own: dict[str, Tensor | None] = {}
-        self._own.append(own)  # before anything can fail: `after` is called in any case
-        if (delta := self.execution.plan.get(self.path)) is None:
-            return
-        for name, value in delta.effective(_tensors(module)).items():
-            own[name] = module._parameters[name]
-            module._parameters[name] = value  # type: ignore[assignment]
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
-        """Put the module's own parameters back, then let the delta change the output."""
-        for name, value in self._own.pop().items():
-            module._parameters[name] = value  # type: ignore[assignment]
-        delta = self.execution.plan.get(self.path)
-        if delta is None or not isinstance(y, Tensor):  # no output: the call failed
-            return None
-        return delta.apply(args[0], y)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in module._parameters.items() if value is not None}
 
 
 def install(execution: Execution, roots: Iterable[nn.Module]) -> list[Any]:

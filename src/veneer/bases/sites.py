@@ -8,15 +8,18 @@ role, and can be picked by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
+from veneer.bases.families import branch_output, counts_positions, role_of, runs_through_interface
+from veneer.bases.weights import is_transposed, parameters_of
 from veneer.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-GROUPS = ("attention", "mlp")
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -25,40 +28,46 @@ class Site:
 
     Attributes:
         path: the module's dotted path in the model.
-        in_features: width of its input.
+        in_features: width of its input (of an embedding: the vocabulary; of a convolution: its channels).
         out_features: width of its output.
+        kind: ``linear``, ``embedding``, ``conv`` or ``norm``.
         role: the field's short name for it (``q k v o gate up down``), or None if nobody listed it.
         group: ``attention`` or ``mlp``, or None.
         layer: index of the layer it lies in, or None outside the layers.
+        bias: whether it has a bias.
+        kernel: of a convolution.
     """
 
     path: str
     in_features: int
     out_features: int
+    kind: str = "linear"
     role: str | None = None
     group: str | None = None
     layer: int | None = None
+    bias: bool = False
+    kernel: tuple[int, ...] = ()
 
 
-# Naming convention -> role and group, by the end of the module's path. Longer endings are tried first.
-_ROLES: Mapping[str, tuple[str, str]] = {
-    # Llama, Mistral, Qwen, Gemma, SmolLM and the many that follow them
-    "self_attn.q_proj": ("q", "attention"),
-    "self_attn.k_proj": ("k", "attention"),
-    "self_attn.v_proj": ("v", "attention"),
-    "self_attn.o_proj": ("o", "attention"),
-    "mlp.gate_proj": ("gate", "mlp"),
-    "mlp.up_proj": ("up", "mlp"),
-    "mlp.down_proj": ("down", "mlp"),
-    # BERT, RoBERTa, ELECTRA and kin
-    "attention.self.query": ("q", "attention"),
-    "attention.self.key": ("k", "attention"),
-    "attention.self.value": ("v", "attention"),
-    "attention.output.dense": ("o", "attention"),
-    "intermediate.dense": ("up", "mlp"),
-    "output.dense": ("down", "mlp"),
-}
-_ENDINGS = sorted(_ROLES, key=len, reverse=True)
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention layer, where keys and values can be added.
+
+    Attributes:
+        path: the attention module.
+        heads: key-value heads.
+        head_width: of each.
+        layer: index of its layer.
+        index: its place among all attention layers.
+    """
+
+    path: str
+    heads: int
+    head_width: int
+    layer: int | None
+    index: int
+
+
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -67,13 +76,69 @@ class SiteMap(Sequence[Site]):
 
     def __init__(self, model: nn.Module) -> None:
         skip = {id(module) for module in head_modules(model).values()}
-        self._sites = [
-            _site(path, module)
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in skip
+        self._modules = dict(model.named_modules())
+        self._model = model
+        self.token_embedding = _input_embedding(model)
+        found = (_site(path, module) for path, module in self._modules.items() if path and id(module) not in skip)
+        self._everything = [site for site in found if site is not None]
+        self._sites = [site for site in self._everything if site.kind == "linear"]
+        self._by_path = {site.path: site for site in self._everything}
+
+    @property
+    def everything(self) -> Sequence[Site]:
+        """All sites with parameters of their own: linear maps, embeddings, convolutions and norms."""
+        return self._everything
+
+    @cached_property
+    def attention(self) -> Sequence[AttentionSite]:
+        """The attention layers, told by their key maps."""
+        found: list[AttentionSite] = []
+        for site in self._sites:
+            if site.role not in ("k", "qkv"):
+                continue
+            path = site.path.rpartition(".")[0]
+            module = self._modules[path]
+            width = next((getattr(module, name) for name in _HEAD_WIDTHS if hasattr(module, name)), None)
+            if width is None or not runs_through_interface(module):
+                continue
+            keys = site.out_features if site.role == "k" else _fused_keys(module, site, width)
+            found.append(AttentionSite(path, keys // width, width, site.layer, len(found)))
+        return found
+
+    def branches(self, group: str) -> Sequence[Site]:
+        """The outputs of residual branches (``attention`` or ``mlp``), before the residual is added."""
+        last = {"attention": "o", "mlp": "down"}[group]
+        return [
+            replace(site, path=branch_output(site.path, self._modules), in_features=site.out_features, kind="branch")
+            for site in self._sites
+            if site.role == last
         ]
-        self._by_path = {site.path: site for site in self._sites}
-        self._all_paths = [path for path, _ in model.named_modules() if path]
+
+    @property
+    def input_embedding(self) -> Site:
+        """The embedding of the input ids.
+
+        Raises:
+            TargetError: the base has none.
+        """
+        readable = getattr(self._model, "main_input_name", "input_ids") == "input_ids"
+        for site in self._everything:
+            if readable and self._modules[site.path] is self.token_embedding:
+                return site
+        raise TargetError("This base has no input embedding: it does not read token ids.")
+
+    @cached_property
+    def positions(self) -> Sequence[str]:
+        """The modules that turn positions into embeddings or rotary angles."""
+        return [
+            path
+            for path, module in self._modules.items()
+            if "RotaryEmbedding" in type(module).__name__ or _counts_positions(path, module)
+        ]
+
+    def row_axis(self, path: str) -> int:
+        """Which axis of the module's input is the batch."""
+        return 1 if "rel_attn" in path or ".ff.layer_" in path else 0  # XLNet has the positions first
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -106,7 +171,7 @@ class SiteMap(Sequence[Site]):
                     f"It has: {', '.join(self.words()) or 'no linear maps'}."
                 )
             chosen.update(paths)
-        return [site for site in self._sites if site.path in chosen]
+        return [site for site in self._everything if site.path in chosen]
 
     def words(self) -> list[str]:
         """The words that pick something here: groups, roles and the last parts of module names."""
@@ -123,7 +188,7 @@ class SiteMap(Sequence[Site]):
         for parts in range(1, depth):
             names = {".".join(path.split(".")[-parts:]) for path in wanted}
             endings = tuple("." + name for name in names)
-            if {path for path in self._all_paths if ("." + path).endswith(endings)} == wanted:
+            if {path for path in self._modules if path and ("." + path).endswith(endings)} == wanted:
                 return sorted(names)
         return sorted(wanted)
 
@@ -138,10 +203,51 @@ class SiteMap(Sequence[Site]):
         ]
 
 
-def _site(path: str, module: nn.Linear) -> Site:
-    role, group = next((_ROLES[end] for end in _ENDINGS if ("." + path).endswith("." + end)), (None, None))
-    layer = _LAYER.search(path)
-    return Site(path, module.in_features, module.out_features, role, group, int(layer[1]) if layer else None)
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            model = model.get_encoder()  # type: ignore[operator]
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # not transformers', or not a model of tokens
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _counts_positions(path: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and counts_positions(
+        path, learned_with_offset=type(module) is not nn.Embedding
+    )
+
+
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "attention_head_dim")
+
+
+def _fused_keys(module: nn.Module, site: Site, width: int) -> int:
+    """Width of the keys in a fused map: grouped heads where the module says so, else a third."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    heads = site.out_features // width  # of queries, keys and values together: g·n + n + n
+    return heads // (groups + 2) * width
+
+
+def _site(path: str, module: nn.Module) -> Site | None:
+    layer_match = _LAYER.search(path)
+    layer = int(layer_match[1]) if layer_match else None
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        weight = parameters_of(module)["weight"]
+        role, group = role_of(path)
+        return Site(path, weight.shape[1], weight.shape[0], "linear", role, group, layer, bias)
+    if isinstance(module, nn.Embedding):
+        return Site(path, module.num_embeddings, module.embedding_dim, EMBEDDING, None, None, layer)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        kernel = tuple(module.kernel_size)
+        channels = module.in_channels // module.groups
+        return Site(path, channels, module.out_channels, "conv", None, None, layer, bias, kernel)
+    scale = module._parameters.get("weight")
+    # Norms over the last axis only: those over channels come before it.
+    if scale is not None and scale.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
+        return Site(path, len(scale), len(scale), "norm", None, None, layer, bias)
+    return None
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -1,7 +1,17 @@
 """The few forms in which every PEFT method changes a network. This floor knows tensors only."""
 
+from veneer.deltas.attention import KeyValues, Tokens
 from veneer.deltas.base import Delta
-from veneer.deltas.low_rank import LowRank
-from veneer.deltas.replace import Replace
+from veneer.deltas.bottleneck import Bottleneck
+from veneer.deltas.composed import Fusion, Gate, Stack
+from veneer.deltas.kron import Kron
+from veneer.deltas.low_rank import ConvLowRank, EmbeddingLowRank, LowRank
+from veneer.deltas.of_weight import OfWeight, Param, Replace, Sparse
+from veneer.deltas.rotate import Rotate
+from veneer.deltas.rows import Rows
+from veneer.deltas.scale import Bias, InputScale, Scale
 
-__all__ = ["Delta", "LowRank", "Replace"]
+__all__ = [
+    "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Fusion", "Gate", "InputScale", "KeyValues",
+    "Kron", "LowRank", "OfWeight", "Param", "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack", "Tokens",
+]  # fmt: skip

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 from torch import Tensor
 
+from veneer.errors import AdapterError
 
-class Delta(ABC):
+
+class Delta:
     """A change at one site of a network, lowered from a method's parameters once a step.
 
-    A delta acts in up to two places around the site's module ``y = f(x; w)``: it may let the module run on other
-    parameters (`effective`), and it may change the result (`apply`). The default of each is to do nothing.
+    A delta acts in up to three places around the site's module ``y = f(x; w)``, in this order; the default of each
+    is to do nothing:
+
+    - `before` changes the input the module gets,
+    - `effective` lets the module run on other parameters,
+    - `apply` changes the output, given also the input as it was before `before`.
+
+    Weights are ``[out, in]`` here whatever way round the module stores them.
     """
+
+    def before(self, x: Tensor) -> Tensor:
+        """The input to hand to the module in place of ``x`` ``[..., in]``."""
+        return x
 
     def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The parameters to run the module on in place of its own, by name; those not named stay."""
@@ -23,20 +35,57 @@ class Delta(ABC):
         """The module's new output, given its input ``x`` ``[..., in]`` and its own output ``y`` ``[..., out]``."""
         return y
 
-    @abstractmethod
     def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New values of the module's parameters with which it alone computes what the two do together.
 
         Computed in at least float32 and rounded once, to the parameter's own dtype. The given tensors stay as
         they are.
+
+        Raises:
+            AdapterError: this form cannot be expressed in the module's parameters.
         """
+        raise AdapterError(f"{type(self).__name__} cannot be merged: no weights of the module alone do what it does.")
+
+    @classmethod
+    def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
+        """One delta for a batch whose row i is under ``deltas[which[i]]``; None if this form is run group by group.
+
+        Args:
+            deltas: of this form, all at the same site.
+            which: ``[rows]``, int64.
+        """
+        return None
 
     @property
-    @abstractmethod
+    def swaps(self) -> bool:
+        """Whether the module has to run on other parameters than its own."""
+        return type(self).effective is not Delta.effective
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by the tensors of this delta."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
-    @abstractmethod
     def flops_per_token(self) -> int:
-        """Floating-point operations `apply` adds for one token, a multiply-add counted as two."""
+        """Floating-point operations it adds for one token, a multiply-add counted as two."""
+        return 0
+
+
+def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype, at least float32: what merging computes in."""
+    import torch
+
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    device = tensors[0].device
+    return tuple(tensor.detach().to(device, dtype) for tensor in tensors)
+
+
+def per_row(values: Sequence[Tensor], which: Tensor, ndim: int) -> Tensor:
+    """Vectors ``[n]`` of several deltas as ``[rows, 1, …, n]``, to be broadcast over an output of ``ndim`` axes."""
+    import torch
+
+    rows = torch.stack(list(values))[which]
+    return rows.view(len(which), *[1] * (ndim - 2), rows.shape[-1])

@@ -3,19 +3,21 @@
     y  ←  y + s · (x Aᵀ) Bᵀ          A ∈ R^{r×in},  B ∈ R^{out×r}
 
 which merges as ``W ← W + s · B A``. The bias is untouched. Dropout, when asked for, acts on the input of ``A``
-only, as in LoRA (Hu et al. 2021, §4.1).
+only, as in LoRA (Hu et al. 2021, §4.1). An embedding is the linear map of a one-hot input, a convolution that of
+its patches: for them A is a table, or a kernel of r channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.deltas.base import Delta
+from veneer.deltas.base import Delta, widest
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +37,87 @@ class LowRank(Delta):
     dropout: float = 0.0
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the change. The products run in the dtype of ``x``; A and B may be kept in a wider one."""
-        if self.dropout:
+        """Add the change. The products run in the dtype of ``y``; A and B may be kept in a wider one."""
+        if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         # The scale goes onto [.., r], which is far smaller than [.., out].
-        inner = F.linear(x, self.A.to(x.dtype)) * self.scale
-        return y + F.linear(inner, self.B.to(x.dtype))
+        return y + self._expand(self._project(x, y.dtype) * self.scale)
 
     def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{"weight": W + s B A}``, for a weight stored ``[out, in]``."""
+        """``{"weight": W + s B A}``."""
         weight = parameters["weight"]
-        dtype = torch.promote_types(torch.promote_types(weight.dtype, self.A.dtype), torch.float32)
-        change = self.scale * (self.B.to(dtype) @ self.A.to(dtype))
-        return {"weight": (weight.to(dtype) + change.to(weight.device)).to(weight.dtype)}
+        wide, a, b = widest(weight, self.A, self.B)
+        change = self.scale * (b.flatten(1) @ a.flatten(1))
+        return {"weight": (wide + self._shaped(change, wide)).to(weight.dtype)}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of A and B."""
-        return self.A.nbytes + self.B.nbytes
+    @classmethod
+    def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
+        """Batched products over A and B of each row, ranks padded with zeros, scales folded into B."""
+        if cls is not LowRank or any(delta.dropout for delta in deltas):
+            return None
+        rank = max(len(delta.A) for delta in deltas)
+        a = torch.stack([F.pad(delta.A, (0, 0, 0, rank - len(delta.A))) for delta in deltas])
+        b = torch.stack([F.pad(delta.B * delta.scale, (0, rank - delta.B.shape[1])) for delta in deltas])
+        return LowRankRows(a[which], b[which])
 
     @property
     def flops_per_token(self) -> int:
         """``2 r (in + out)``."""
         return 2 * (self.A.numel() + self.B.numel())
+
+    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x, self.A.to(dtype))
+
+    def _expand(self, inner: Tensor) -> Tensor:
+        return F.linear(inner, self.B.to(inner.dtype))
+
+    @staticmethod
+    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
+        return change
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankRows(Delta):
+    """``LowRank`` with factors of their own for each row: A ``[rows, r, in]``, B ``[rows, out, r]``, scale in B."""
+
+    A: Tensor
+    B: Tensor
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add each row's change; ``x`` is ``[rows, ..., in]``."""
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        change = flat @ self.A.to(x.dtype).mT @ self.B.to(x.dtype).mT
+        return y + change.view_as(y)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingLowRank(LowRank):
+    """`LowRank` of an embedding: A ``[r, vocabulary]``, B ``[width, r]``; x are ids."""
+
+    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(x, self.A.mT.to(dtype))
+
+    @staticmethod
+    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
+        return change.mT
+
+
+@dataclass(frozen=True, eq=False)
+class ConvLowRank(LowRank):
+    """`LowRank` of a convolution: A ``[r, in, *kernel]`` with the module's own stride, B ``[out, r, 1…]``.
+
+    Args:
+        convolve: the module's convolution (stride, padding, dilation bound), called with input and kernel.
+    """
+
+    convolve: Any = field(default=None)
+
+    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.convolve(x, self.A.to(dtype))
+
+    def _expand(self, inner: Tensor) -> Tensor:
+        return torch.einsum("or,nr...->no...", self.B.flatten(1).to(inner.dtype), inner)
+
+    @staticmethod
+    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
+        return change.view_as(weight)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.bases import Site, SiteMap
+from veneer.bases.weights import parameters_of
 from veneer.deltas import Delta
 
 
@@ -21,11 +22,15 @@ class Lowering:
 
     Attributes:
         training: whether the adapter is in training mode.
-        dtype: what the base computes in.
+        model: the base, whose weights a method may read.
     """
 
     training: bool
-    dtype: torch.dtype
+    model: nn.Module
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """The base's own parameters at a site, weights as ``[out, in]``."""
+        return parameters_of(self.model.get_submodule(site.path))
 
 
 class Method(BaseModel):
@@ -48,16 +53,20 @@ class Method(BaseModel):
     """peft's spelling of a field -> ours."""
 
     @abstractmethod
-    def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """Where it acts in this base."""
+    def sites(self, sites: SiteMap) -> Sequence[Any]:
+        """Where it acts in this base: `Site`s or `AttentionSite`s."""
+
+    def shared(self, sites: Sequence[Any], model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of parameters that all sites share, float32, by name."""
+        return {}
+
+    def parameters(self, site: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of its parameters at a site, by name: float32, trained; or integers, kept fixed."""
+        return {}
 
     @abstractmethod
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of its trainable parameters at a site, float32, by name."""
-
-    @abstractmethod
-    def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
-        """The delta these parameters amount to; differentiable, evaluated once a step."""
+    def lower(self, site: Any, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
+        """The delta the parameters, shared and the site's own, amount to; differentiable, evaluated once a step."""
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
@@ -28,10 +27,6 @@ class HeadOnly(Method):
     def sites(self, sites: SiteMap) -> Sequence[Site]:
         """None."""
         return ()
-
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """Never asked for: there are no sites."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,8 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import ALL_LINEAR
-from veneer.deltas import LowRank
+from veneer.bases.sites import ALL_LINEAR, EMBEDDING
+from veneer.deltas import ConvLowRank, EmbeddingLowRank, LowRank
 from veneer.errors import AdapterFileError
 from veneer.methods.base import Lowering, Method
 
@@ -38,6 +39,11 @@ _NOT_READ = (
     "target_parameters",
     "alora_invocation_tokens",
 )
+
+
+def _convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    """The module's own convolution (stride, padding and all) with another kernel."""
+    return module._conv_forward(x, kernel, None)
 
 
 class LoRA(Method):
@@ -76,15 +82,26 @@ class LoRA(Method):
         return sites.resolve(self.targets)
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """``A [r, in]`` Kaiming-uniform, ``B [out, r]`` zero."""
-        bound = 1 / math.sqrt(site.in_features)  # what kaiming_uniform_(a=√5) comes to
-        a = torch.empty(self.rank, site.in_features).uniform_(-bound, bound, generator=generator)
-        return {"lora_A.weight": a, "lora_B.weight": torch.zeros(site.out_features, self.rank)}
+        """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round."""
+        if site.kind == EMBEDDING:
+            b = torch.randn(site.out_features, self.rank, generator=generator)
+            return {"lora_embedding_A": torch.zeros(self.rank, site.in_features), "lora_embedding_B": b}
+        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))  # what kaiming_uniform_(a=√5) comes to
+        a = torch.empty(self.rank, site.in_features, *site.kernel).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(site.out_features, self.rank, *[1] * len(site.kernel))
+        return {"lora_A.weight": a, "lora_B.weight": b}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> LowRank:
         """One low-rank delta."""
         dropout = self.dropout if step.training else 0.0
-        return LowRank(parameters["lora_A.weight"], parameters["lora_B.weight"], self.scale, dropout)
+        if site.kind == EMBEDDING:
+            a, b = parameters["lora_embedding_A"], parameters["lora_embedding_B"]
+            return EmbeddingLowRank(a, b, self.scale)
+        a, b = parameters["lora_A.weight"], parameters["lora_B.weight"]
+        if site.kind == "conv":
+            convolution = step.model.get_submodule(site.path)
+            return ConvLowRank(a, b, self.scale, dropout, convolve=partial(_convolve, convolution))
+        return LowRank(a, b, self.scale, dropout)
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With ``target_modules`` in module names: peft knows neither roles nor groups."""

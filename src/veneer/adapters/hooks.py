@@ -1,0 +1,74 @@
+"""The pair of hooks of one module, installed once, which carries out what the plan says for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.execution import Execution
+from veneer.bases.weights import parameters_of, stored
+from veneer.deltas import Delta, Rows
+
+
+@dataclass
+class _Call:
+    """One call of the module: its input, and parameters that were swapped out for it."""
+
+    x: Any
+    own: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+class SiteHooks:
+    """The pair of hooks of one module."""
+
+    def __init__(self, path: str, execution: Execution) -> None:
+        self.path = path
+        self.execution = execution
+        self._calls: list[_Call] = []
+
+    def install(self, module: nn.Module) -> list[Any]:
+        """Register both hooks; the handles remove them again."""
+        return [
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Swap in the parameters the delta wants the module to run on, and change its input."""
+        call = _Call(args[0] if args else None)
+        self._calls.append(call)  # before anything can fail: `after` is called in any case
+        if (delta := self.execution.plan.modules.get(self.path)) is None:
+            return None
+        if not isinstance(delta, Rows):
+            _swap(module, delta.effective(parameters_of(module)), call.own)
+        x = delta.before(call.x)
+        return None if x is call.x else (x, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+        """Put the module's own parameters back, then let the delta change the output."""
+        call = self._calls.pop()
+        module._parameters.update(call.own)  # type: ignore[arg-type]
+        delta = self.execution.plan.modules.get(self.path)
+        if delta is None or not isinstance(y, Tensor):  # no output: the call failed
+            return None
+        if isinstance(delta, Rows):
+            return delta.apply_rows(call.x, y, lambda part, x: _rerun(module, part, x))
+        return delta.apply(call.x, y)
+
+
+def _swap(module: nn.Module, values: Mapping[str, Tensor], own: dict[str, Tensor | None]) -> None:
+    for name, value in stored(module, values).items():
+        own[name] = module._parameters[name]
+        module._parameters[name] = value  # type: ignore[assignment]
+
+
+def _rerun(module: nn.Module, delta: Delta, x: Tensor) -> Tensor:
+    own: dict[str, Tensor | None] = {}
+    try:
+        _swap(module, delta.effective(parameters_of(module)), own)
+        return module.forward(x)
+    finally:
+        module._parameters.update(own)  # type: ignore[arg-type]

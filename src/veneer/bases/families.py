@@ -1,0 +1,80 @@
+"""Naming conventions of the architecture families: what the end of a module's path says of its role.
+
+The one place that knows how models name their parts. Longer endings win; what is not listed is still a site, without
+a role.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Mapping
+
+ATTENTION, MLP = "attention", "mlp"
+
+_ENDINGS: Mapping[str, Mapping[str, str]] = {
+    ATTENTION: {
+        # Llama, Mistral, Qwen, Gemma, Phi, OPT, BART, CLIP, Whisper, wav2vec 2, ViT; BERT, RoBERTa, ELECTRA, ALBERT,
+        # YOLOS; DistilBERT; DeBERTa-v2; T5
+        "q": "q_proj query q_lin query_proj SelfAttention.q EncDecAttention.q",
+        "k": "k_proj key k_lin key_proj SelfAttention.k EncDecAttention.k",
+        "v": "v_proj value v_lin value_proj SelfAttention.v EncDecAttention.v",
+        # fused: Phi-3; GPT-NeoX; GPT-2
+        "qkv": "qkv_proj query_key_value c_attn",
+        "o": "o_proj out_proj out_lin attention.output.dense attention.dense self_attn.dense attn.c_proj "
+        "SelfAttention.o EncDecAttention.o",
+    },
+    MLP: {
+        "gate": "gate_proj wi_0",
+        "gate_up": "gate_up_proj",
+        "up": "up_proj fc1 mlp.c_fc dense_h_to_4h intermediate.dense intermediate_dense lin1 ffn DenseReluDense.wi "
+        "wi_1 ff.layer_1",
+        "down": "down_proj fc2 mlp.c_proj dense_4h_to_h output.dense output_dense lin2 ffn_output DenseReluDense.wo "
+        "ff.layer_2",
+    },
+}
+_ROLES: Mapping[str, tuple[str, str]] = {
+    ending: (role, group)
+    for group, roles in _ENDINGS.items()
+    for role, endings in roles.items()
+    for ending in endings.split()
+}
+_BY_LENGTH = sorted(_ROLES, key=len, reverse=True)
+
+
+def runs_through_interface(attention: object) -> bool:
+    """Whether an attention module calls transformers' exchangeable attention functions (DeBERTa, XLNet don't)."""
+    return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+_POSITIONS = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
+
+
+def counts_positions(path: str, *, learned_with_offset: bool) -> bool:
+    """Whether the embedding at ``path`` is of positions that follow a prefix.
+
+    Those of a fixed grid (patches of an image, frames of Whisper's encoder) are all taken and cannot shift.
+    """
+    fixed = "vision_model." in path or (path.endswith("encoder.embed_positions") and not learned_with_offset)
+    return path.rpartition(".")[2] in _POSITIONS and not fixed
+
+
+def role_of(path: str) -> tuple[str | None, str | None]:
+    """Role and group of the linear map at ``path``, or None and None."""
+    dotted = "." + path
+    return next((_ROLES[ending] for ending in _BY_LENGTH if dotted.endswith("." + ending)), (None, None))
+
+
+def branch_output(path: str, modules: Container[str]) -> str:
+    """The module whose output is the whole branch that ends with the map at ``path``: its dropout, or the map."""
+    parent = path.rpartition(".")[0]
+    above = parent.rpartition(".")[0]
+    if parent.endswith(("SelfAttention", "EncDecAttention", "DenseReluDense")):
+        return f"{above}.dropout"  # T5; the dropout inside the block acts between its two maps
+    if path.endswith(("attention.output.dense", "output.dense", "ffn.lin2")):
+        return f"{parent}.dropout"  # BERT and kin; DistilBERT, whose attention.dropout acts on the weights
+    for name in ("resid_dropout", "output_dropout"):  # GPT-2; ALBERT, wav2vec 2
+        if f"{parent}.{name}" in modules:
+            return f"{parent}.{name}"
+    if path.endswith("mlp.c_proj"):
+        return f"{parent}.dropout"  # GPT-2
+    return path

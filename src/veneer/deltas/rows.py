@@ -1,0 +1,94 @@
+"""A batch whose rows are under different deltas, or none.
+
+    y_i  ←  δ_{a(i)}(x_i, y_i)        for each row i with an adapter a(i); the other rows are not touched
+
+Deltas of one form act together where the form knows how (`Delta.mixed`), else group by group. A delta that needs
+the module to run on other parameters has it run again, on its own rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.deltas.base import Delta
+from veneer.errors import AdapterError
+
+Rerun = Callable[[Delta, Tensor], Tensor]
+"""Runs the module on a delta's effective parameters, without hooks: (delta, x) → y."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Delta):
+    """Deltas by rows.
+
+    Args:
+        groups: which rows each delta is for.
+        count: how many rows the batch has. A module that sees a multiple of it sees each row several times in a
+            run (beams, or positions flattened into the batch).
+        axis: of the batch, in what the module sees.
+    """
+
+    groups: Sequence[tuple[Sequence[int], Delta]]
+    count: int
+    axis: int = 0
+
+    def before(self, x: Tensor) -> Tensor:
+        """Each group's own change of the input."""
+        return self._each(x, lambda delta, rows: delta.before(rows))
+
+    def apply_rows(self, x: Tensor, y: Tensor, rerun: Rerun) -> Tensor:
+        """Each group's own change of the output; ``x`` is the input before `before`."""
+        out = y.transpose(0, self.axis)
+        x = x.transpose(0, self.axis)
+        times = self._times(len(out))
+        for rows, delta in self._together(times, out.device):
+            mine, there = x.index_select(0, rows), out.index_select(0, rows)
+            if delta.swaps:
+                again = rerun(delta, delta.before(mine).transpose(0, self.axis)).transpose(0, self.axis)
+                there = again
+            new = delta.apply(mine, there)
+            out = out.index_copy(0, rows, new)
+        return out.transpose(0, self.axis)
+
+    def _each(self, x: Tensor, change: Callable[[Delta, Tensor], Tensor]) -> Tensor:
+        if all(type(delta).before is Delta.before for _, delta in self.groups):
+            return x
+        out = x.transpose(0, self.axis)
+        for rows, delta in self._together(self._times(len(out)), out.device):
+            if not delta.swaps:
+                out = out.index_copy(0, rows, change(delta, out.index_select(0, rows)))
+        return out.transpose(0, self.axis)
+
+    def _times(self, seen: int) -> int:
+        if seen % self.count:
+            raise AdapterError(
+                f"Adapters are given for {self.count} rows, but the module sees a batch of {seen}. Give one name a "
+                "row. (DeBERTa computes relative positions once for all rows, so its rows cannot be mixed.)"
+            )
+        return seen // self.count
+
+    def _together(self, times: int, device: torch.device) -> Sequence[tuple[Tensor, Delta]]:
+        """Groups as row indices and deltas, those of one form as one where the form can."""
+        forms: dict[type[Delta], list[tuple[Sequence[int], Delta]]] = {}
+        for rows, delta in self.groups:
+            forms.setdefault(type(delta), []).append((rows, delta))
+        result: list[tuple[Tensor, Delta]] = []
+        for form, groups in forms.items():
+            indices = [_repeated(rows, times, device) for rows, _ in groups]
+            if len(groups) > 1:
+                which = torch.cat([torch.full_like(index, n) for n, index in enumerate(indices)])
+                together = form.mixed([delta for _, delta in groups], which)
+                if together is not None:
+                    result.append((torch.cat(indices), together))
+                    continue
+            result += zip(indices, (delta for _, delta in groups), strict=True)
+        return result
+
+
+def _repeated(rows: Sequence[int], times: int, device: torch.device) -> Tensor:
+    index = torch.tensor(rows, device=device)
+    return (index[:, None] * times + torch.arange(times, device=device)).flatten() if times > 1 else index

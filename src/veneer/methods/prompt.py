@@ -1,0 +1,67 @@
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691, §2).
+
+    X ← [E; X]          E ∈ R^{l×d} learned, before the embedded input
+
+Trained and stored: l · d numbers, the fewest of all. Starts from embeddings of tokens drawn from the vocabulary,
+which the paper found better than random values. Not mergeable, never an identity.
+
+Use it where adapters must be a few kilobytes and the base is large; small bases learn little by it. It costs l more
+tokens of context and wants a very high learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from veneer.bases import SiteMap
+from veneer.bases.sites import Site
+from veneer.deltas import Delta, Tokens
+from veneer.methods.base import Lowering, Method
+
+
+class Prompt(Method):
+    """Learned embeddings before the input."""
+
+    name: ClassVar[str] = "prompt"
+    summary: ClassVar[str] = "learned virtual tokens before the input; the fewest numbers"
+    learning_rate: ClassVar[float] = 3e-2
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "length"}
+
+    length: int = Field(20, ge=1)
+    """How many virtual tokens."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """What they start from: tokens drawn from the vocabulary, or uniform in ±0.5."""
+
+    def sites(self, sites: SiteMap) -> Sequence[Site]:
+        """The input embedding."""
+        return [sites.input_embedding]
+
+    def shared(self, sites: Sequence[Any], model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """``[l, d]``."""
+        site = sites[0]
+        if self.init == "random":
+            values = torch.rand(self.length, site.out_features, generator=generator) - 0.5
+        else:
+            ids = torch.randint(site.in_features, (self.length,), generator=generator)
+            weight = model.get_parameter(f"{site.path}.weight").detach()
+            values = weight[ids.to(weight.device)].float().cpu()
+        return {"prompt_embeddings": values}
+
+    def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
+        """The embeddings."""
+        return Tokens(parameters["prompt_embeddings"])
+
+    def to_peft(self, sites: Sequence[Any], site_map: SiteMap) -> dict[str, Any]:
+        """With the sizes peft makes its table by."""
+        return {
+            "num_virtual_tokens": self.length,
+            "token_dim": sites[0].out_features,
+            "num_transformer_submodules": 1,
+            "prompt_tuning_init": "RANDOM",
+        }

@@ -1,0 +1,41 @@
+"""What each method declares of itself; the harness holds it to that. A new method is one line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from veneer.methods import Method, method_class
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A method's promises.
+
+    Attributes:
+        settings: small ones, to test it with; none of them trivial (alpha other than rank).
+        identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
+        merges: it folds into the base's weights wherever these have a place for it.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    identity: Literal["bitwise", "rounding", "no"] = "bitwise"
+    merges: bool = True
+
+
+CONTRACTS = {
+    "bitfit": Contract(),
+    "houlsby": Contract({"bottleneck": 5}, merges=False),
+    "ia3": Contract(),
+    "lokr": Contract({"rank": 2, "alpha": 3}),
+    "lora": Contract({"rank": 3, "alpha": 7}),
+    "oft": Contract({"block_size": 8}, identity="rounding"),
+    "prefix": Contract({"length": 3}, identity="no", merges=False),
+    "prompt": Contract({"length": 3}, identity="no", merges=False),
+    "shira": Contract({"rank": 2}),
+}
+
+
+def method(name: str) -> Method:
+    """The method with its contract's settings."""
+    return method_class(name)(**CONTRACTS[name].settings)

@@ -1,0 +1,159 @@
+"""One batch, each row its own adapter of any kind, or none: the same as each row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contracts import CONTRACTS, method
+from families import FAMILIES, Family, run
+from test_contract import ALWAYS, EXACT, off
+
+import veneer
+from helpers import perturb
+from veneer.errors import AdapterError, TargetError, UnknownName
+
+EVERY = [
+    pytest.param(family, id=family.name, marks=() if family.name in ALWAYS else pytest.mark.slow)
+    for family in FAMILIES.values()
+    if family.mixes
+]
+
+
+def everything_attached(family: Family) -> tuple[veneer.Base, list[str | None]]:
+    """Two adapters of every kind that goes on this family, and a batch with them all and plain rows between."""
+    base = veneer.Base(family.model().requires_grad_(False))
+    names: list[str | None] = [None]
+    for number, name in enumerate(sorted(CONTRACTS)):
+        for copy in range(2):
+            try:
+                adapter = base.attach(method(name), f"{name}{copy}", seed=copy).double()
+            except TargetError:
+                continue
+            perturb(adapter, std=0.2, seed=10 * number + copy)
+            names += [adapter.name] if copy else [adapter.name, None]
+    return base, [*names[1:], "lora0"]
+
+
+def batch_of(family: Family, rows: int) -> dict[str, torch.Tensor]:
+    """As many different rows as asked for."""
+    batch = {}
+    for name, value in family.inputs.items():
+        repeated = torch.cat([value.roll(n, -1) for n in range(rows)])[:rows]
+        batch[name] = repeated
+    return batch
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_mixed_batch_equals_each_row_alone(family: Family) -> None:
+    base, names = everything_attached(family)
+    batch = batch_of(family, len(names))
+    with torch.no_grad():
+        with base.rows(names):
+            mixed = run(base.model, batch)
+        plain = run(base.model, batch)
+        for row, name in enumerate(names):
+            alone = {key: value[row : row + 1] for key, value in batch.items()}
+            with base.using(name):
+                expected = run(base.model, alone)
+            if family.name == "clip":  # its output compares every image with every text
+                expected, got = expected[0, 0], mixed[row, row]
+                assert abs(got - expected) / abs(expected) < EXACT, name
+                continue
+            assert off(mixed[row : row + 1], expected) < EXACT, name
+            assert (off(mixed[row], plain[row]) > 1e-4) == (name is not None)
+
+
+@pytest.mark.parametrize("family", [pytest.param(f.values[0], id=f.id, marks=f.marks) for f in EVERY if f.id != "clip"])
+def test_gradients_of_a_mixed_batch_are_those_of_its_rows(family: Family) -> None:
+    base, names = everything_attached(family)
+    batch = batch_of(family, len(names))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {}
+        for name, adapter in base.adapters.items():
+            for key, p in adapter.named_parameters():
+                found[f"{name}.{key}"] = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = None
+        return found
+
+    with base.rows(names):
+        output = run(base.model, batch)
+    output.square().sum().backward()
+    mixed = gradients()
+    for row, name in enumerate(names):
+        if name is not None:
+            with base.using(name):
+                run(base.model, {key: value[row : row + 1] for key, value in batch.items()}).square().sum().backward()
+    alone = gradients()
+    for key, value in alone.items():
+        assert (mixed[key] - value).abs().max() <= EXACT * max(1.0, value.abs().max()), key
+    assert max(value.abs().max() for value in mixed.values()) > 1e-6
+
+
+GENERATING = [pytest.param(f.values[0], id=f.id, marks=f.marks) for f in EVERY if f.values[0].generates]
+
+
+@pytest.mark.parametrize("family", GENERATING)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_mixed_equals_alone(family: Family, beams: int) -> None:
+    base, names = everything_attached(family)
+    ids = batch_of(family, len(names))["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": beams}
+    with base.rows(names):
+        mixed = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    for row, name in enumerate(names):
+        with base.using(name):
+            one = ids[row : row + 1]
+            alone = base.model.generate(one, attention_mask=torch.ones_like(one), **options)  # type: ignore[operator]
+        assert torch.equal(mixed[row : row + 1], alone), name
+
+
+def test_plain_rows_are_bitwise_those_of_a_plain_batch() -> None:
+    """Kinds that act on rows leave the others alone."""
+    family = FAMILIES["llama"]
+    base, _ = everything_attached(family)
+    names = [None, "lora0", None, "ia30", "houlsby1", None]
+    batch = batch_of(family, len(names))
+    with torch.no_grad():
+        plain = run(base.model, batch)
+        with base.rows(names):
+            mixed = run(base.model, batch)
+    assert all(torch.equal(mixed[row], plain[row]) == (name is None) for row, name in enumerate(names))
+
+
+def test_nothing_is_left_behind_after_an_exception() -> None:
+    family = FAMILIES["bert"]
+    base, names = everything_attached(family)
+    batch = batch_of(family, len(names))
+    with torch.no_grad():
+        plain = run(base.model, batch)
+        with base.rows(names):
+            before = run(base.model, batch)
+        handle = base.model.get_submodule(base.sites[8].path).register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), base.rows(names):
+            run(base.model, batch)
+        handle.remove()
+        assert torch.equal(run(base.model, batch), plain)
+        with base.rows(names):
+            assert torch.equal(run(base.model, batch), before)
+        assert base.model.config._attn_implementation == "sdpa"
+
+
+def test_what_cannot_be_mixed_says_so() -> None:
+    family = FAMILIES["deberta-v2"]
+    base = veneer.Base(family.model())
+    base.attach(method("lora"), "a").double()
+    with pytest.raises(AdapterError, match="its rows cannot be mixed"), base.rows(["a", None]):
+        run(base.model, family.inputs)
+
+
+def test_mistakes() -> None:
+    family = FAMILIES["llama"]
+    base, _ = everything_attached(family)
+    with pytest.raises(UnknownName, match="No adapter 'nope'"), base.rows(["nope"]):
+        pass
+    with (
+        pytest.raises(AdapterError, match="given for 3 rows, but the module sees a batch of 2"),
+        base.rows(["lora0", None, None]),
+    ):
+        run(base.model, family.inputs)
