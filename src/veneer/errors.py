@@ -12,6 +12,7 @@ error it refines, so that ``except ValueError`` or ``except OSError`` written by
     ├── AdapterError       (ValueError)   attaching, activating or reading an adapter
     │   └── AdapterFileError              a folder that is no intact adapter
     ├── DataError          (ValueError)   a data file or a row in it
+    ├── TrainingError      (ArithmeticError)  a run whose loss is no longer a number
     ├── OutputError        (OSError)      something in the way of what is to be written
     └── FetchError         (OSError)      a download that could not be had
 """
@@ -56,6 +57,10 @@ class AdapterFileError(AdapterError):
 
 class DataError(VeneerError, ValueError):
     """A data file, or a row in it, is not what the task needs."""
+
+
+class TrainingError(VeneerError, ArithmeticError):
+    """A training run cannot go on: its loss is no longer a number."""
 
 
 class OutputError(VeneerError, OSError):

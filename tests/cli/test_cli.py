@@ -40,9 +40,9 @@ def weights(run_folder: Path) -> torch.Tensor:
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-def options(base: Path, output: str, **more: object) -> list[str]:
+def options(tiny: Path, output: str, **more: object) -> list[str]:
     settings = {
-        "base": base,
+        "base": tiny,
         "dtype": "float32",
         "data.train": "train.jsonl",
         "output": output,
@@ -122,8 +122,8 @@ def test_classification(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["after"]["accuracy"] == 1
     assert run("predict", "out", "mails.csv", "--columns", "text=body", "--output", "labelled.csv") == 0
     lines = Path("labelled.csv").read_text().splitlines()
-    assert lines[0] == "text,label,probabilities"
-    assert lines[1].startswith("good and nice,up,")
+    assert lines[0] == "body,label,predicted_label,probabilities"
+    assert lines[1].startswith("good and nice,up,up,")
     capsys.readouterr()
     assert run("generate", "x", "--adapter", "out") == 2
     assert "generates no text; use `veneer predict`" in capsys.readouterr().err
@@ -164,6 +164,8 @@ def test_a_finished_or_foreign_run_is_not_overwritten(
     assert run("train", *options(tiny_folder, "out", **more)) == 2
     assert "holds a finished run" in capsys.readouterr().err
     os.rename("out/adapter", "elsewhere")
+    Path("out/checkpoint-1").mkdir()
+    Path("out/checkpoint-1/complete").touch()
     assert run("train", *options(tiny_folder, "out", **more, **{"train.seed": 1})) == 2
     assert "unfinished run with another config" in capsys.readouterr().err
     os.rename("elsewhere", "out/adapter")
@@ -284,3 +286,103 @@ def test_offline_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         veneer.load_base("minilm-l6")
     with pytest.raises(FetchError, match="downloads are switched off"):
         read("prompt-injections")
+
+
+def test_names_of_runs_that_are_no_names_of_adapters(data: Path, tiny_folder: Path) -> None:
+    for output in ("train", "my run", "v1+2"):
+        assert run("train", *options(tiny_folder, output, **{"train.max_steps": 1, "data.validation": 0})) == 0
+        assert run("eval", output, "held_out.jsonl", "--limit", 1, "--no-base") == 0
+    os.chdir("my run")
+    assert run("eval", ".", "../held_out.jsonl", "--limit", 1, "--no-base") == 0
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(
+    data: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", *options(tiny_folder, "out", **{"train.optimizer": "foo"})) == 2
+    assert "train: foo" in capsys.readouterr().err
+    assert (
+        run("train", *options(tiny_folder, "out", **{"train.learning_rate": 1e30, "train.schedule": "constant"})) == 2
+    )
+    assert "The loss is nan at step" in capsys.readouterr().err
+    assert not Path("out/adapter").exists()
+    assert run("train", *options(tiny_folder, "out", **{"train.max_steps": 1})) == 0
+
+
+def test_resuming_keeps_the_record(data: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.training.trainer import Trainer
+
+    more = {"train.epochs": 3, "train.keep_best": "false", "train.log_every": 1}
+    assert run("train", *options(tiny_folder, "whole", **more)) == 0
+    whole = json.loads(Path("whole/report.json").read_text())
+
+    class Cut(Exception):
+        pass
+
+    original = Trainer.compute_loss
+
+    def cut(self: Trainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == 4:
+            raise Cut
+        return original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "compute_loss", cut)
+        with pytest.raises(Cut):
+            main(["train", *options(tiny_folder, "cut", **more)])
+    assert run("train", *options(tiny_folder, "cut", **more)) == 0
+    report = json.loads(Path("cut/report.json").read_text())
+    for key in ("before", "after", "tokens", "steps", "best_step"):
+        assert report[key] == whole[key], key
+    steps = [
+        [json.loads(line).get("step") for line in Path(name, "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"device": "gpu"}, "no device 'gpu'"),
+        ({"dtype": "float8"}, "'float8' is no dtype"),
+        ({"task.max_length": 1}, "task.max_length: .*greater than or equal to 2"),
+        ({"train.trackers": "[nothing]"}, "train: .*nothing"),
+        ({"data.validation": -1}, "data.validation"),
+        ({"data.validation": 1.5}, "data.validation"),
+        ({"method.rank": 100000}, "rank 100000 is more than these maps can have"),
+        ({"base": "minilm-l6"}, "minilm-l6 is an encoder .*Take a decoder"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be(
+    data: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], more: dict[str, object], message: str
+) -> None:
+    assert run("train", *options(tiny_folder, "out", **more)) == 2
+    assert re.search(message, capsys.readouterr().err, re.DOTALL)
+    assert not Path("out/adapter").exists()
+
+
+def test_prompt_from_stdin(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    assert run("generate", "-", "--base", tiny_folder, "--max-new-tokens", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Hello"
+    assert run("generate", "x", "--base", tiny_folder, "--max-new-tokens", 0) == 2
+    assert run("generate", "x", "--base", tiny_folder, "--compare") == 2
+
+
+def test_an_adapter_written_by_peft(data: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import warnings
+
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = veneer.load_base(tiny_folder, dtype="float32")
+        wrapped = peft.get_peft_model(base.model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        wrapped.save_pretrained("theirs")
+    assert run("eval", "theirs", "held_out.jsonl", "--base-model", tiny_folder, "--max-new-tokens", 2) == 0
+    assert "plain base" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 
 import veneer
 from helpers import perturb, sums, write_jsonl
-from veneer.errors import AdapterError, DataError, OutputError
+from veneer.errors import AdapterError, DataError, OutputError, TargetError
 from veneer.evaluation import predict_file, wilson
 from veneer.evaluation.intervals import of_mean
 from veneer.tasks.causal_lm import CausalLM
@@ -74,10 +74,11 @@ def test_rows_of_another_task_are_refused(adapter: veneer.Adapter, tiny_folder: 
 
 def test_predict_file_writes_rows_with_answers(adapter: veneer.Adapter, folder: Path) -> None:
     write_jsonl(folder / "in.jsonl", [{"prompt": row["prompt"], "id": n} for n, row in enumerate(sums(5))])
-    assert predict_file(adapter, "in.jsonl", "out.jsonl") == 5
+    count, cut = predict_file(adapter, "in.jsonl", "out.jsonl")
+    assert (count, cut) == (5, 5)  # four tokens are too few for any of them
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == list(range(5))
-    assert all(set(line) == {"prompt", "id", "output"} for line in lines)
+    assert all(set(line) == {"prompt", "id", "output", "finished"} for line in lines)
     predict_file(adapter, "in.jsonl", "out.csv")
     with (folder / "out.csv").open(newline="") as file:
         assert [row["output"] for row in csv.DictReader(file)] == [line["output"] for line in lines]
@@ -111,4 +112,38 @@ def test_classification_is_compared_with_the_commonest_answer(minilm: veneer.Bas
     report = veneer.evaluate(adapter, [{"text": "x", "label": label} for label in "aaab"])
     assert report.base is not None
     assert report.base["accuracy"].value == 0.75
+    assert report.compared_with == "commonest answer"
     assert {"loss", "accuracy"} == set(report.adapter)
+
+
+def test_classification_from_python_is_saved_and_loaded_again(folder: Path) -> None:
+    base = veneer.load_base("minilm-l6", task="sequence-classification")
+    adapter = base.attach(veneer.LoRA(rank=2), "a")
+    rows = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}] * 4
+    veneer.train(adapter, rows, validation=0, max_steps=2)
+    assert set(adapter.modules_in_full) == {"classifier"}
+    before = list(veneer.predict(adapter, rows))
+    adapter.save("saved")
+    assert list(veneer.predict(veneer.load_adapter("saved"), rows)) == before
+    plain = veneer.load_base("minilm-l6")
+    with pytest.raises(TargetError, match=r"BertModel has no classifier.*Load the base with that task"):
+        plain.load("saved")
+    assert not plain.adapters
+
+
+def test_files_are_left_as_they_are(minilm: veneer.Base, folder: Path) -> None:
+    """Odd cells stay what they are; an answer hides no column; the input is never the output."""
+    (folder / "in.csv").write_text("text,label,id\ngood,None,007\nbad,NA,\n")
+    task = SequenceClassification(labels=("None", "NA"))
+    adapter = minilm.attach(veneer.LoRA(rank=2), modules=task.head(minilm, seed=0), task=task.describe())
+    predict_file(adapter, "in.csv", "out.csv")
+    with (folder / "out.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["label"], line["id"]) for line in lines] == [("None", "007"), ("NA", "")]
+    assert {line["predicted_label"] for line in lines} <= {"None", "NA"}
+    write_jsonl(folder / "in.jsonl", [{"body": "x", "created": "2024-01-01T10:00:00"}])
+    predict_file(adapter, "in.jsonl", "out.jsonl", columns={"text": "body"})
+    line = json.loads((folder / "out.jsonl").read_text())
+    assert (line["body"], line["created"]) == ("x", "2024-01-01T10:00:00")
+    with pytest.raises(OutputError, match="the file the rows come from"):
+        predict_file(adapter, "in.csv", "in.csv")

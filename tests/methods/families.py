@@ -79,7 +79,9 @@ class Plain(torch.nn.Module):
 
 
 def _causal(name: str, config: Any) -> Family:
-    return Family(name, lambda: T.AutoModelForCausalLM.from_config(copy.deepcopy(config)), {"input_ids": IDS}, generates=True)
+    return Family(
+        name, lambda: T.AutoModelForCausalLM.from_config(copy.deepcopy(config)), {"input_ids": IDS}, generates=True
+    )
 
 
 def _encoder(name: str, config: Any, **more: Any) -> Family:

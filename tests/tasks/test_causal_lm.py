@@ -65,6 +65,8 @@ def test_a_conversation_that_ends_with_the_user_is_answered_from_there(smollm: v
     assert smollm.tokenizer.decode(prompt).endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
     (example,) = CausalLM().encode(row, smollm.tokenizer)
     assert learned(example, smollm.tokenizer) == "Yes.<|im_end|>"
+    assert not CausalLM().has_answer(row)
+    assert CausalLM().has_answer(CHAT)
 
 
 def test_long_text_is_cut_into_pieces_and_nothing_is_lost(smollm: veneer.Base) -> None:
@@ -112,6 +114,9 @@ def test_json_match_compares_values() -> None:
     rows = [{"prompt": "?", "completion": '{"a": 1, "b": [true]}'}] * 3
     given = [{"output": '{"b":[true],"a":1}'}, {"output": '{"a": 1}'}, {"output": "no"}]
     assert CausalLM().score(rows, given) == {"exact_match": [0, 0, 0], "json_match": [1, 0, 0]}
+    strict = CausalLM().score([{"prompt": "?", "completion": '{"a": true}'}], [{"output": '{"a": 1}'}])
+    assert strict["json_match"] == [0]
+    assert CausalLM().score([{"prompt": "?", "completion": "null"}], [{"output": "null"}])["json_match"] == [1]
     assert "json_match" not in CausalLM().score([{"prompt": "?", "completion": "plain"}], [{"output": "plain"}])
 
 

@@ -40,7 +40,7 @@ def test_it_learns(tiny_folder: Path, tmp_path: Path) -> None:
     assert result.trainable == adapter.trainable
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
-    assert [entry["step"] for entry in steps] == [10, 20, 30]
+    assert [entry["step"] for entry in steps] == [1, 10, 20, 30]
     assert {"learning_rate", "tokens_per_second", "peak_memory"} <= set(steps[0])
     assert log[0]["step"] == 0
     assert "eval_perplexity" in log[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import Method
 
 _BANK = "veneer_adapters"
+_PREFIX = "adapter_"  # else an adapter called "train" would hide a method of nn.Module
+
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What an adapter may be called."""
 
 
 class Bank(nn.Module):
@@ -93,7 +99,7 @@ class Base(Pretrained):
         adapter.train(self.model.training)
         if not self.adapters:
             self._freeze()
-        self._bank().add_module(name, adapter)
+        self._bank().add_module(_PREFIX + name, adapter)
         self.adapters = {**self.adapters, name: adapter}
         self._hook(values)
         self.train_in_full(adapter, modules or {})
@@ -107,6 +113,11 @@ class Base(Pretrained):
         """
         if clash := {site.path for site in adapter.sites} & set(modules):
             raise TargetError(f"{', '.join(sorted(clash))} cannot be adapted and trained in full at once.")
+        if missing := [path for path in modules if path not in dict(self.model.named_modules())]:
+            raise TargetError(
+                f"{type(self.model).__name__} has no {', '.join(missing)} to train in full. Is it for another task? "
+                "Load the base with that task: veneer.load_base(name, task=...)."
+            )
         adapter.own_modules(modules)
         self._hook(modules)
 
@@ -117,7 +128,7 @@ class Base(Pretrained):
             The adapter, whose parameters remain readable and can be saved.
         """
         adapter = self[name]
-        delattr(self._bank(), name)
+        delattr(self._bank(), _PREFIX + name)
         self.adapters = {key: value for key, value in self.adapters.items() if key != name}
         if self.active == name:
             self.activate(None)
@@ -226,7 +237,7 @@ class Base(Pretrained):
             self._handles[path] = hooks.install(module)
 
     def _check_name(self, name: str) -> None:
-        if not name.replace("-", "_").replace("_", "a").isalnum() or not name.isascii():
+        if not NAME.fullmatch(name):
             raise AdapterError(f"{name!r} is no adapter name; use letters, digits, '_' and '-'.")
         if name in self.adapters:
             raise AdapterError(f"An adapter {name!r} is attached already; detach it or choose another name.")

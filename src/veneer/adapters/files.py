@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.adapters.adapter import PREFIX, Adapter
-from veneer.errors import AdapterError, AdapterFileError, BaseMismatch
+from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, VeneerError
 from veneer.methods import Method, method_from_config
 from veneer.methods.registry import method_for_peft_type
 from veneer.storage import new_folder, sha256, write_json
@@ -72,7 +73,9 @@ def adapter_folder(folder: str | Path) -> Path:
         if (candidate / CONFIG).is_file():
             return candidate
     what = "does not exist" if not path.exists() else f"has no {CONFIG}"
-    raise AdapterFileError(f"{path} is no adapter folder: it {what}.")
+    inside = sorted({found.parent.parent.name for found in path.glob(f"*/adapter/{CONFIG}")}) if path.is_dir() else []
+    hint = f" Runs in it: {', '.join(inside)}." if inside else ""
+    raise AdapterFileError(f"{path} is no adapter folder: it {what}.{hint}")
 
 
 def base_name(folder: str | Path) -> str:
@@ -86,6 +89,15 @@ def base_name(folder: str | Path) -> str:
     if not name:
         raise AdapterFileError(f"{path} does not say which base it is for; load the base and use base.load().")
     return str(name)
+
+
+def peft_task_type(folder: str | Path) -> str | None:
+    """What ``adapter_config.json`` calls the task.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or the file is broken.
+    """
+    return _json(adapter_folder(folder) / CONFIG).get("task_type")
 
 
 def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
@@ -103,17 +115,23 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     modules = _modules_in_full(state, in_full)
     adapter = base.attach(
         _method(path, config, record, base, state),
-        name or (path.parent.name if path.name == "adapter" else path.name).replace(".", "-"),
-        modules=modules,
-        task=record.get("task"),
+        name or _name(path),
+        task=record.get("task", {"peft_task_type": config.get("task_type")}),
     )
     adapter.record = dict(record.get("training", {}))
     try:
+        base.train_in_full(adapter, modules)
         _fill(adapter, state, path)
-    except AdapterFileError:
+    except VeneerError:
         base.detach(adapter.name)
         raise
     return adapter
+
+
+def _name(path: Path) -> str:
+    """A name for the adapter in a folder: the folder's, or its run's, as far as a name may hold it."""
+    path = path.resolve()
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.parent.name if path.name == "adapter" else path.name) or "adapter"
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.pretrained import Pretrained
 from veneer.bases.quiet import quiet
-from veneer.errors import BaseError, FetchError, did_you_mean
+from veneer.errors import BaseError, FetchError, VeneerError, did_you_mean
 from veneer.packages import offline as no_network
 
 
@@ -43,18 +43,22 @@ def load_pretrained(
     """
     import transformers
 
-    device = torch.device(device) if device is not None else default_device()
+    device = _device(device)
     source, where = _locate(str(name), revision, no_network(offline))
     options = {**where, **config}
     try:
         with quiet():
             settings = transformers.AutoConfig.from_pretrained(source, **where)
-            cls = getattr(transformers, auto_class or _default_auto_class(settings))
+            wanted = auto_class or _default_auto_class(settings)
+            _check_kind(str(name), wanted, settings)
+            cls = getattr(transformers, wanted)
             if "gguf_file" in where:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model, info = cls.from_pretrained(
                 source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
             )
+    except VeneerError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise _explained(str(name), error) from error
     model.to(device).eval()
@@ -70,6 +74,29 @@ def load_pretrained(
         folder=local if local.exists() else None,
         missing=info["missing_keys"],
     )
+
+
+def _device(asked: torch.device | str | None) -> torch.device:
+    try:
+        device = torch.device(asked) if asked is not None else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BaseError(f"There is no device {str(asked)!r} here ({str(error).splitlines()[0]}); try cpu.") from error
+    return device
+
+
+def _check_kind(name: str, auto_class: str, settings: Any) -> None:
+    """An encoder made to predict next tokens loads without a word, and never learns to."""
+    from transformers.models.auto import modeling_auto as auto
+
+    encoder = settings.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    saved = (getattr(settings, "architectures", None) or [""])[0]
+    causal = saved in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or getattr(settings, "is_decoder", False)
+    if auto_class == "AutoModelForCausalLM" and encoder and not causal and saved:
+        raise BaseError(
+            f"{name} is an encoder ({saved}): it reads text, but doesn't write any. Take a decoder such as "
+            "smollm2-135m-instruct, or give it rows with text and label to classify."
+        )
 
 
 def default_device() -> torch.device:

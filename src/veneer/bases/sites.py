@@ -75,7 +75,9 @@ class SiteMap(Sequence[Site]):
     """All sites of a model, in the order of its modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        skip = {id(module) for module in head_modules(model).values()}
+        self.heads = head_modules(model)
+        """The modules beside the backbone, by path."""
+        skip = {id(module) for module in self.heads.values()}
         self._modules = dict(model.named_modules())
         self._model = model
         self.token_embedding = _input_embedding(model)

@@ -1,10 +1,14 @@
-"""``--columns prompt=question``: columns under other names."""
+"""What several commands' options have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cyclopts.validators import Number
+
 from veneer.errors import ConfigError
+
+POSITIVE = Number(gte=1)
 
 
 def mapping(pairs: Sequence[str]) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
+
+from veneer.cli.columns import POSITIVE
 
 
 def eval_(
@@ -13,11 +15,12 @@ def eval_(
     data: str,
     *,
     split: str = "test",
-    limit: int | None = None,
-    batch_size: int = 16,
+    limit: Annotated[int | None, Parameter(validator=POSITIVE)] = None,
+    batch_size: Annotated[int, Parameter(validator=POSITIVE)] = 16,
+    max_new_tokens: Annotated[int | None, Parameter(validator=POSITIVE)] = None,
     base: bool = True,
     base_model: str | None = None,
-    columns: tuple[str, ...] = (),
+    columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Evaluate an adapter on held-out data, the plain base beside it.
@@ -43,6 +46,8 @@ def eval_(
         Evaluate a random choice of this many rows.
     batch_size
         Rows a batch.
+    max_new_tokens
+        Longest answer; by default half again as long as the longest learned from.
     base
         Evaluate the plain base, too.
     base_model
@@ -58,6 +63,7 @@ def eval_(
     from veneer.tasks import load_adapter
     from veneer.training.progress import console as progress
 
+    longest: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     loaded = load_adapter(adapter, base=base_model)
     report = evaluate(
         loaded,
@@ -67,6 +73,7 @@ def eval_(
         batch_size=batch_size,
         base=base,
         columns=mapping(columns),
+        **longest,
         progress=lambda text: progress.print(f"[dim]evaluating {text}[/dim]"),
     )
     if json:
@@ -80,9 +87,12 @@ def eval_(
         return f"{score.value:.4g}{interval}"
 
     other = report.base or {}
-    beside = "plain base" if report.base_predictions is not None else "commonest answer"
     rows = [(name, shown(score), shown(other.get(name))) for name, score in report.adapter.items()]
     title = f"{report.rows} rows of {data}, 95 % intervals"
-    console.print(table(("", "adapter", beside if base else ""), rows, title=title))
+    console.print(table(("", "adapter", report.compared_with or ""), rows, title=title))
+    if report.truncated or report.dropped:
+        console.print(f"{report.truncated} rows were cut at the adapter's task.max_length, {report.dropped} left out.")
+    if report.unfinished:
+        console.print(f"{report.unfinished} answers were cut short; --max-new-tokens allows longer ones.")
     for name, scores in report.by_task.items():
         console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))

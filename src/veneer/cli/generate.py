@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 
 def generate_(
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
     adapter: Path | None = None,
     base: str | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 128,
+    temperature: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
     seed: int = 0,
     compare: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
@@ -55,12 +56,16 @@ def generate_(
 
     if adapter is None and base is None:
         raise ConfigError("Say what is to answer: --adapter FOLDER or --base NAME (`veneer models` lists some).")
+    if compare and adapter is None:
+        raise ConfigError("--compare shows an adapter beside its base; give --adapter FOLDER.")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("The prompt is empty.")
     name = "causal-lm"
     loaded = load_adapter(adapter, base=base) if adapter is not None else None
     on = loaded.base if loaded is not None else load_base(str(base), task=name)
+    if on.tokenizer is None:
+        raise ConfigError(f"{on.name} has no tokenizer; put the base's tokenizer files into its folder.")
     task = adapter_task(loaded) if loaded is not None else task_class(name).for_rows(None, on)
     if task.name != name:
         raise ConfigError(f"{adapter} is an adapter for {task.name}, which generates no text; use `veneer predict`.")
@@ -82,8 +87,8 @@ def generate_(
     if json:
         print_json({"prompt": text, **answers})
     elif len(answers) == 1:
-        console.print(next(iter(answers.values())), markup=False)
+        print(next(iter(answers.values())))
     else:
         for who, said in answers.items():
             console.print(f"[bold]{who}[/bold]")
-            console.print(said, markup=False)
+            print(said)

@@ -23,6 +23,7 @@ def merge_(adapter: Path, output: Path, *, base_model: str | None = None) -> Non
     base_model
         Where to find the base, if not where the adapter says.
     """
+    from veneer.bases.quiet import quiet
     from veneer.cli.output import console
     from veneer.errors import OutputError
     from veneer.storage import new_folder
@@ -32,7 +33,7 @@ def merge_(adapter: Path, output: Path, *, base_model: str | None = None) -> Non
         raise OutputError(f"{output} exists already; give a new folder.")
     loaded = load_adapter(adapter, base=base_model)
     model = loaded.merged()
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, quiet():
         model.save_pretrained(folder)  # type: ignore[operator]
         if loaded.base.tokenizer is not None:
             loaded.base.tokenizer.save_pretrained(folder)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from veneer.cli.columns import POSITIVE
 
 
 def predict_(
@@ -11,14 +16,16 @@ def predict_(
     *,
     output: Path | None = None,
     split: str = "test",
-    batch_size: int = 16,
+    batch_size: Annotated[int, Parameter(validator=POSITIVE)] = 16,
+    max_new_tokens: Annotated[int | None, Parameter(validator=POSITIVE)] = None,
     base_model: str | None = None,
-    columns: tuple[str, ...] = (),
+    columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
 ) -> None:
     """Answer every row of a file.
 
-    Writes each row with its answer: for text generation ``output``, for classification ``label`` and the
-    ``probabilities`` of all labels.
+    Writes each row with its answer: for text generation ``output``, and whether it was ``finished``; for
+    classification ``label`` and the ``probabilities`` of all labels. Where the file has such a column already, the
+    answer's is called ``predicted_…``.
 
     Examples:
 
@@ -38,6 +45,8 @@ def predict_(
         Split of a hub or catalogue data set.
     batch_size
         Rows a batch.
+    max_new_tokens
+        Longest answer; by default half again as long as the longest learned from.
     base_model
         Where to find the base, if not where the adapter says.
     columns
@@ -50,5 +59,10 @@ def predict_(
 
     target = output or Path(f"{Path(file).stem}.predictions.jsonl")
     loaded = load_adapter(adapter, base=base_model)
-    count = predict_file(loaded, file, target, split=split, columns=mapping(columns), batch_size=batch_size)
+    longest = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    count, cut = predict_file(
+        loaded, file, target, split=split, columns=mapping(columns), batch_size=batch_size, **longest
+    )
     console.print(f"{count} rows → {target}")
+    if cut:
+        console.print(f"{cut} answers were cut short; --max-new-tokens allows longer ones.")

@@ -5,6 +5,7 @@ Everything becomes a `datasets.Dataset`, which is memory-mapped, so data larger 
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,15 +166,28 @@ def _from_file(path: Path) -> Dataset:
         raise DataError(f"{path} is of no known kind; known are {', '.join(_READERS)}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty.")
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    if reader == "text":
-        options = {"sample_by": "document"}
     try:
+        options = _options(path, reader)
         return datasets.load_dataset(
             reader, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, OSError, KeyError) as error:
         raise DataError(_explained(path, reader, error)) from error
+
+
+def _options(path: Path, reader: str) -> dict[str, Any]:
+    import datasets
+
+    if reader == "text":
+        return {"sample_by": "document"}
+    if reader != "csv":
+        return {}
+    # Cells as they stand: 007 stays 007, and None, NA and null are words.
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
 
 
 def _from_folder(path: Path) -> Dataset:
@@ -202,6 +216,8 @@ def _from_hub(name: str, split: str) -> Dataset:
 def _explained(path: Path, reader: str, error: Exception) -> str:
     """Say where the file is broken, if that can be found out."""
     cause = error.__cause__ or error
+    if "corresponds to no data" in str(error):
+        return f"{path} has no rows."
     first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     try:
         with path.open(encoding="utf-8") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def predict_file(
     split: str = "test",
     columns: Mapping[str, str] | None = None,
     **options: Any,
-) -> int:
+) -> tuple[int, int]:
     """Write each row of ``source`` with its answer to ``output`` (``.jsonl`` or ``.csv``), all or nothing.
 
     Returns:
-        How many rows.
+        How many rows, and how many of the answers were cut short.
 
     Raises:
         DataError: the source cannot be read, or has none of the columns the task asks from.
@@ -55,25 +56,44 @@ def predict_file(
     task, path = adapter_task(adapter), Path(output)
     if path.suffix not in {".jsonl", ".csv"}:
         raise OutputError(f"{path} should end in .jsonl or .csv; those are the formats written.")
+    if path.exists() and path.resolve() == Path(source).resolve():
+        raise OutputError(f"{path} is the file the rows come from; give another output.")
     rows = read_raw(source, split=split, columns=columns)
     if not any(column in rows.column_names for column in task.asks_from):
         raise DataError(
             f"{source} has none of the columns {', '.join(task.asks_from)}; it has {', '.join(rows.column_names)}. "
             f"Other names can be mapped: --columns {task.asks_from[0]}=NAME."
         )
+    cut = 0
     with replacing(path) as file:
         writer = csv.writer(file)
         for number, (row, answer) in enumerate(zip(rows, predict(adapter, rows, task=task, **options), strict=True)):
-            line = {**row, **answer}
+            cut += not answer.get("finished", True)
+            line = _line(row, answer, columns or {})
             if path.suffix == ".jsonl":
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 continue
             if number == 0:
                 writer.writerow(line)
-            writer.writerow(
-                [value if isinstance(value, str | int | float) else json.dumps(value) for value in line.values()]
-            )
-    return len(rows)
+            writer.writerow([_cell(value) for value in line.values()])
+    return len(rows), cut
+
+
+def _line(row: Mapping[str, Any], answer: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under its own column names, and the answer under names that hide none of them."""
+    own = {columns.get(name, name): _plain(value) for name, value in row.items()}
+    return own | {(f"predicted_{name}" if name in own else name): value for name, value in answer.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Timestamps, which reading JSON makes of some strings, as the strings they were."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _cell(value: Any) -> str | int | float:
+    if value is None:
+        return ""
+    return value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
 
 
 def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

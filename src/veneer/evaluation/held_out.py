@@ -15,7 +15,7 @@ from torch import nn
 from veneer.adapters import Adapter
 from veneer.data import read
 from veneer.evaluation.intervals import of_mean
-from veneer.tasks import Task, adapter_task
+from veneer.tasks import Prepared, Task, adapter_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,20 +43,28 @@ class Report:
         task: the task's name.
         rows: rows evaluated.
         adapter: metric -> score of the adapter.
-        base: the same of the plain base; for tasks it cannot do, of always giving the commonest answer.
+        compared_with: what stands beside it: ``plain base``, or ``commonest answer`` for tasks a plain base can't do.
+        base: metric -> score of that, or None.
         by_task: the adapter's scores for each value of the rows' ``task`` column, if they have one.
         predictions: the adapter's, in the order of the rows.
         base_predictions: the base's, likewise, or None.
+        truncated: rows cut at the task's `max_length`.
+        dropped: rows left out, with nothing within it to be evaluated on.
+        unfinished: answers that were cut at the most tokens allowed.
         seconds: it took.
     """
 
     task: str
     rows: int
     adapter: dict[str, Score]
+    compared_with: str | None
     base: dict[str, Score] | None
     by_task: dict[str, dict[str, Score]]
     predictions: list[dict[str, Any]]
     base_predictions: list[dict[str, Any]] | None
+    truncated: int
+    dropped: int
+    unfinished: int
     seconds: float
 
     def plain(self) -> dict[str, Any]:
@@ -69,7 +77,11 @@ class Report:
             "task": self.task,
             "rows": self.rows,
             "adapter": scores(self.adapter),
+            "compared_with": self.compared_with,
             "base": scores(self.base),
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "unfinished": self.unfinished,
             "by_task": {name: scores(of) for name, of in self.by_task.items()},
             "seconds": self.seconds,
         }
@@ -86,6 +98,7 @@ def evaluate(
     split: str = "test",
     columns: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> Report:
     """Evaluate an adapter on held-out rows.
 
@@ -99,6 +112,7 @@ def evaluate(
         split: of a hub or catalogue data set.
         columns: our name of a column -> its name in the data.
         progress: told what is being done.
+        options: of the task's predictions, e.g. ``max_new_tokens``.
 
     Raises:
         DataError: the data cannot be read or doesn't suit the task.
@@ -110,23 +124,28 @@ def evaluate(
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=0).select(range(limit))
     adapter.eval()
+    prepared = task.prepare(rows, adapter.base.tokenizer)
     progress(f"adapter: {len(rows)} rows")
-    ours = _evaluated(task, adapter, adapter, rows, batch_size)
+    ours = _evaluated(task, adapter, adapter, rows, prepared, batch_size, options)
     theirs: _Evaluated | None = None
     if base and task.plain_base:
         progress(f"plain base: {len(rows)} rows")
         with adapter.base.using(None):
-            theirs = _evaluated(task, adapter, adapter.base.model, rows, batch_size)
+            theirs = _evaluated(task, adapter, adapter.base.model, rows, prepared, batch_size, options)
     elif base:
         theirs = _Evaluated({}, task.commonest(list(rows)), [])
     return Report(
         task=task.name,
         rows=len(rows),
         adapter=ours.scores(),
+        compared_with=("plain base" if task.plain_base else "commonest answer") if base else None,
         base=theirs.scores() if theirs else None,
         by_task=_by_task(rows, ours.by_row),
         predictions=ours.predictions,
         base_predictions=theirs.predictions if theirs else None,
+        truncated=prepared.truncated,
+        dropped=prepared.dropped,
+        unfinished=sum(not answer.get("finished", True) for answer in ours.predictions),
         seconds=time.perf_counter() - started,
     )
 
@@ -144,23 +163,32 @@ class _Evaluated:
         return overall | {name: Score.of(values) for name, values in self.by_row.items()}
 
 
-def _evaluated(task: Task, adapter: Adapter, model: nn.Module, rows: Dataset, batch_size: int) -> _Evaluated:
-    overall = _overall(task, adapter, model, rows, batch_size)
+def _evaluated(
+    task: Task,
+    adapter: Adapter,
+    model: nn.Module,
+    rows: Dataset,
+    prepared: Prepared,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> _Evaluated:
+    overall = _overall(task, adapter, model, prepared, batch_size)
     everything = list(rows)
     if not all(task.has_answer(row) for row in everything):
         return _Evaluated(overall, {}, [])
     order = sorted(range(len(rows)), key=lambda index: len(str(everything[index])))  # like lengths: less padding
-    answers = task.predict(model, adapter.base, [everything[index] for index in order], batch_size=batch_size)
+    ordered = [everything[index] for index in order]
+    answers = task.predict(model, adapter.base, ordered, batch_size=batch_size, **options)
     predictions: list[dict[str, Any]] = [{}] * len(rows)
     for index, answer in zip(order, answers, strict=True):
         predictions[index] = answer
     return _Evaluated(overall, task.score(everything, predictions), predictions)
 
 
-def _overall(task: Task, adapter: Adapter, model: nn.Module, rows: Dataset, batch_size: int) -> dict[str, float]:
+def _overall(task: Task, adapter: Adapter, model: nn.Module, prepared: Prepared, batch_size: int) -> dict[str, float]:
     """Loss and the task's metrics over all items: each weighs the same whatever row it is in."""
     base = adapter.base
-    examples = task.prepare(rows, base.tokenizer).examples
+    examples = prepared.examples
     examples = examples.select(torch.tensor(examples["length"][:]).argsort(stable=True).tolist())
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():

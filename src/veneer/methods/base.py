@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.bases import Site, SiteMap
 from veneer.bases.weights import parameters_of
 from veneer.deltas import Delta
+from veneer.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Method(BaseModel):
     peft_names: ClassVar[Mapping[str, str]] = {}
     """peft's spelling of a field -> ours."""
 
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError("; ".join(self._problems(error))) from error
+
     @abstractmethod
     def sites(self, sites: SiteMap) -> Sequence[Any]:
         """Where it acts in this base: `Site`s or `AttentionSite`s."""
@@ -67,6 +74,22 @@ class Method(BaseModel):
     @abstractmethod
     def lower(self, site: Any, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The delta the parameters, shared and the site's own, amount to; differentiable, evaluated once a step."""
+
+    @classmethod
+    def _problems(cls, error: ValidationError) -> list[str]:
+        found = []
+        for problem in error.errors():
+            key = str(problem["loc"][0]) if problem["loc"] else ""
+            if problem["type"] != "extra_forbidden":
+                found.append(
+                    f"method.{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+                )
+                continue
+            known = ", ".join(cls.model_fields)
+            hint = f" It is called method.{cls.peft_names[key]} here." if key in cls.peft_names else ""
+            hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else "")
+            found.append(f"method.{key}: unknown setting of {cls.name}.{hint}")
+        return found
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""

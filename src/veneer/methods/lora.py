@@ -24,7 +24,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.bases.sites import ALL_LINEAR, EMBEDDING
 from veneer.deltas import ConvLowRank, EmbeddingLowRank, LowRank
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, TargetError
 from veneer.methods.base import Lowering, Method
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
@@ -78,8 +78,17 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """The linear maps that `targets` pick."""
-        return sites.resolve(self.targets)
+        """The maps that `targets` pick.
+
+        Raises:
+            TargetError: the rank is more than any of them can have.
+        """
+        found = sites.resolve(self.targets)
+        if self.rank > (most := max(min(site.in_features, site.out_features) for site in found)):
+            raise TargetError(
+                f"rank {self.rank} is more than these maps can have, which is {most}; LoRA uses 4 to 128."
+            )
+        return found
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round."""

@@ -40,15 +40,14 @@ def method_from_config(config: str | Mapping[str, Any] | Method) -> Method:
     """A method from ``"lora"``, ``{"name": "lora", "rank": 8}`` or a method itself.
 
     Raises:
-        ConfigError: no name is given.
+        ConfigError: no name is given, or a setting is wrong.
         UnknownName: the name is not known.
-        pydantic.ValidationError: a field is wrong.
     """
     if isinstance(config, Method):
         return config
     fields = {"name": config} if isinstance(config, str) else dict(config)
     if "name" not in fields:
-        raise ConfigError(f"`method` needs a name: one of {', '.join(methods())}.")
+        raise ConfigError(f"method: needs a name: one of {', '.join(methods())}.")
     return method_class(str(fields.pop("name")))(**fields)
 
 

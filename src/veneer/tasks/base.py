@@ -80,7 +80,7 @@ class Task(BaseModel):
 
     @classmethod
     @abstractmethod
-    def for_rows(cls, rows: Dataset, base: Base | None, **settings: Any) -> Self:
+    def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
         """The task with what can be told from the data (labels) and the base (its template)."""
 
     def head(self, base: Base, *, seed: int) -> dict[str, dict[str, Tensor]]:
@@ -118,6 +118,10 @@ class Task(BaseModel):
         self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
     ) -> dict[str, list[float]]:
         """Metric -> its value on each row, for rows that have an answer to compare with."""
+
+    def sample(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a row to ask for a sample answer during training."""
+        return row
 
     @abstractmethod
     def has_answer(self, row: Mapping[str, Any]) -> bool:

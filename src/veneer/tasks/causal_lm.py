@@ -54,14 +54,18 @@ class CausalLM(Task):
     """Longest answer when generating."""
 
     @classmethod
-    def for_rows(cls, rows: Dataset, base: Base | None, **settings: Any) -> Self:
-        """Chat where the base has a chat template, else plain."""
+    def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
+        """Chat where the base has a chat template, else plain; answers half again as long as those to learn."""
         tokenizer = base.tokenizer if base is not None else None
         if "template" not in settings and not getattr(tokenizer, "chat_template", None):
             settings["template"] = "plain"
         if "max_length" not in settings and base is not None:
             context = getattr(base.model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
             settings["max_length"] = min(context, DEFAULT_MAX_LENGTH)
+        if "max_new_tokens" not in settings and rows is not None and tokenizer is not None:
+            answers = [answer for row in rows.select(range(min(len(rows), 1000))) if (answer := cls.expected(row))]
+            longest = max((len(ids) for ids in tokenizer(answers)["input_ids"]), default=0) if answers else 0
+            settings["max_new_tokens"] = max(longest * 3 // 2 + 8, 32)
         return cls(**settings)
 
     def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
@@ -111,7 +115,7 @@ class CausalLM(Task):
         """The tokens generation starts from: the row without the answer that ends it, if one does."""
         if "messages" not in row and "prompt" not in row:
             ids: list[int] = tokenizer(row["text"])["input_ids"]
-            return ids
+            return ids[-self.max_length :]
         if self.template == "plain" and "messages" not in row:
             segments = [(_content(row["prompt"]), False)]
         else:
@@ -128,16 +132,23 @@ class CausalLM(Task):
         batch_size: int = 16,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
-        """``{"output": text}`` for each row, decoded greedily unless ``options`` (of ``generate``) say otherwise."""
+        """``{"output": text, "finished": bool}`` for each row; unfinished answers were cut at `max_new_tokens`.
+
+        Greedy, unless ``options`` (of transformers' ``generate``) say otherwise.
+        """
         tokenizer = base.tokenizer
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, **options}
+        end = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = torch.tensor(end if isinstance(end, list) else [end if end is not None else -1], device=base.device)
         for start in range(0, len(rows), batch_size):
             prompts = [self.prompt_tokens(row, tokenizer) for row in rows[start : start + batch_size]]
             with torch.no_grad():
                 outputs = model.generate(**_left_padded(prompts, tokenizer, base.device), **settings)  # type: ignore[operator]
             length = max(len(prompt) for prompt in prompts)
             for output in outputs:
-                yield {"output": tokenizer.decode(output[length:], skip_special_tokens=True).strip()}
+                answer = output[length:]
+                finished = len(answer) < settings["max_new_tokens"] or bool(torch.isin(answer[-1], ends))
+                yield {"output": tokenizer.decode(answer, skip_special_tokens=True).strip(), "finished": finished}
 
     def score(
         self, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]
@@ -157,6 +168,12 @@ class CausalLM(Task):
         """A completion, or a conversation that ends with the assistant."""
         return self.expected(row) is not None
 
+    def sample(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of plain text, its first words only."""
+        if "messages" in row or "prompt" in row:
+            return row
+        return {"text": " ".join(str(row["text"]).split()[:24])}
+
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """The last question, and the answers."""
         if "prompt" in row:
@@ -172,8 +189,8 @@ class CausalLM(Task):
     def expected(row: Mapping[str, Any]) -> str | None:
         """The answer a row gives, if it gives one."""
         if row.get("messages"):
-            answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-            return str(answers[-1]) if answers else None
+            last = row["messages"][-1]
+            return str(last["content"]) if last["role"] == "assistant" else None
         completion = row.get("completion")
         return _content(completion) if completion is not None else None
 
@@ -262,10 +279,10 @@ def _last_index(ids: Sequence[int], wanted: int | None) -> int:
     return max((index for index, token in enumerate(ids) if token == wanted), default=-1)
 
 
-def parsed(text: str) -> Any:
-    """The JSON value a text is, or None if it is none."""
+def parsed(text: str) -> str | None:
+    """The JSON value a text is, in one canonical spelling (so that true is not 1), or None if it is none."""
     try:
-        return json.loads(text)
+        return json.dumps(json.loads(text), sort_keys=True)
     except ValueError:
         return None
 

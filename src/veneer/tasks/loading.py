@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from veneer.adapters import Adapter, Base
-from veneer.adapters.files import base_name, read_record
+from veneer.adapters.files import base_name, peft_task_type, read_record
 from veneer.bases import load_pretrained
 from veneer.errors import AdapterError
 from veneer.tasks.base import Task
-from veneer.tasks.registry import task_class, task_from_config
+from veneer.tasks.causal_lm import CausalLM
+from veneer.tasks.registry import TASKS, task_class, task_from_config
 
 
 def load_base(
@@ -69,7 +70,7 @@ def load_adapter(folder: str | os.PathLike[str], *, base: str | None = None, **o
         BaseMismatch: the base found is not the one it was made for.
     """
     record = read_record(os.fspath(folder))
-    task = record.get("task", {}).get("name")
+    task = record.get("task", {}).get("name") or _named_by_peft(peft_task_type(os.fspath(folder)))
     loaded = load_base(base or base_name(os.fspath(folder)), task=task, **options)
     return loaded.load(folder)
 
@@ -80,6 +81,14 @@ def adapter_task(adapter: Adapter) -> Task:
     Raises:
         AdapterError: it doesn't say.
     """
-    if not adapter.task:
-        raise AdapterError(f"Adapter {adapter.name!r} does not say what task it is for; pass the task.")
-    return task_from_config(adapter.task)
+    if adapter.task.get("name"):
+        return task_from_config(adapter.task)
+    if _named_by_peft(adapter.task.get("peft_task_type")) == CausalLM.name:
+        return CausalLM.for_rows(None, adapter.base)
+    raise AdapterError(
+        f"Adapter {adapter.name!r} does not say what task it is for, or with which labels; pass the task."
+    )
+
+
+def _named_by_peft(task_type: str | None) -> str | None:
+    return next((task.name for task in TASKS.values() if task.peft_task_type == task_type), None)

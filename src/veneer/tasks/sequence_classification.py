@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from veneer.adapters import Base
-from veneer.bases.sites import head_modules
 from veneer.data import Format
 from veneer.errors import BaseError, DataError, did_you_mean
 from veneer.tasks.base import Outcome, Task
@@ -38,13 +37,15 @@ class SequenceClassification(Task):
     """The labels, in the order of the head's outputs."""
 
     @classmethod
-    def for_rows(cls, rows: Dataset, base: Base | None, **settings: Any) -> Self:
+    def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
         """With the labels the rows have, sorted.
 
         Raises:
             DataError: there are fewer than two, or implausibly many.
         """
         if "labels" not in settings:
+            if rows is None:
+                raise DataError("Classification needs its labels, or data to take them from.")
             feature = rows.features["label"]
             names = getattr(feature, "names", None)
             found = list(names) if names else sorted({str(label) for label in rows["label"]})
@@ -62,7 +63,7 @@ class SequenceClassification(Task):
         Raises:
             BaseError: the base was loaded without such a head.
         """
-        heads = head_modules(base.model)
+        heads = base.sites.heads  # taken before anything was attached
         width = getattr(base.model.config, "num_labels", None)
         last = [
             path for path, module in heads.items() if isinstance(module, nn.Linear) and module.out_features == width
@@ -174,6 +175,5 @@ class SequenceClassification(Task):
         name = str(label)
         if name in self.labels:
             return self.labels.index(name)
-        raise DataError(
-            f"Label {label!r} is none of those learned: {', '.join(self.labels)}.{did_you_mean(name, self.labels)}"
-        )
+        some = ", ".join(self.labels[:10]) + (f" and {len(self.labels) - 10} more" if len(self.labels) > 10 else "")
+        raise DataError(f"Label {label!r} is none of those learned: {some}.{did_you_mean(name, self.labels)}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from veneer.errors import ConfigError, UnknownName, did_you_mean
-from veneer.methods import Method, method_class, method_from_config, methods
+from veneer.methods import Method, method_from_config, methods
 from veneer.tasks import TASKS
 from veneer.training.settings import TrainSettings
 
@@ -43,6 +43,9 @@ _ELSEWHERE: Mapping[str, str] = {
 }
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class DataSettings(BaseModel):
     """Which data to learn from and to validate on."""
 
@@ -50,7 +53,7 @@ class DataSettings(BaseModel):
 
     train: str | dict[str, Any] | list[str | dict[str, Any]]
     """A file, folder, hub id or catalogue name; or a list of them, each as {path, task, split, columns} if need be."""
-    validation: float | str | dict[str, Any] | list[str | dict[str, Any]] = 0.1
+    validation: Share | str | dict[str, Any] | list[str | dict[str, Any]] = 0.1
     """The same, or a share of the training rows to hold out; 0 for none."""
     split: str = "train"
     """Split of a hub or catalogue data set to train on."""
@@ -143,6 +146,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is no override; write key=value, e.g. train.learning_rate=1e-4.")
     *parents, leaf = key.split(".")
     node = values
+    if key == "method.name":
+        values["method"] = {}  # another method has other settings
     for parent in parents:
         inner = node.get(parent)
         if isinstance(inner, str) and parent in {"method", "task"}:
@@ -164,11 +169,10 @@ def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:
         return None, [f"method: {raw!r} is neither a name nor a mapping with one"]
     try:
         return method_from_config(raw), []
-    except (UnknownName, ConfigError) as error:
+    except UnknownName as error:
         return None, [f"method: {error}"]
-    except ValidationError as error:
-        cls = method_class(str(raw["name"])) if isinstance(raw, Mapping) else Method
-        return None, explain(error, cls, "method.", cls.peft_names)
+    except ConfigError as error:
+        return None, str(error).split("; ")
 
 
 def _task_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -180,9 +184,7 @@ def _task_problems(raw: Mapping[str, Any]) -> list[str]:
     return [f"task.{key}: unknown key.{did_you_mean(key, known)}" for key in raw if key not in known]
 
 
-def explain(
-    error: ValidationError, cls: type[BaseModel], prefix: str = "", spellings: Mapping[str, str] | None = None
-) -> list[str]:
+def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> list[str]:
     """What is wrong, a line each, with the nearest known key for an unknown one."""
     lines = []
     for problem in error.errors():
@@ -191,7 +193,7 @@ def explain(
             continue  # told already, with more detail
         where = prefix + ".".join(path)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key.{_nearest(path, cls, prefix, spellings or {})}")
+            lines.append(f"{where}: unknown key.{_nearest(path, cls)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: is missing")
         else:
@@ -199,17 +201,19 @@ def explain(
     return lines
 
 
-def _nearest(path: Sequence[str], cls: type[BaseModel], prefix: str, spellings: Mapping[str, str]) -> str:
+def _known(cls: type[BaseModel]) -> str:
+    return f" Known: {', '.join(cls.model_fields)}." if cls.model_fields else " It has no settings."
+
+
+def _nearest(path: Sequence[str], cls: type[BaseModel]) -> str:
     wrong = path[-1]
-    if wrong in spellings:
-        return f" It is called {prefix}{spellings[wrong]} here."
     if wrong in _ELSEWHERE:
         return f" It is called {_ELSEWHERE[wrong]} here."
     for method in methods().values():
-        if wrong in method.peft_names and prefix != "method.":
+        if wrong in method.peft_names:
             return f" It is called method.{method.peft_names[wrong]} here."
     for part in path[:-1]:
         cls = RunConfig.SECTIONS.get(part, cls)
     hint = did_you_mean(wrong, cls.model_fields)
     homes = [name for name, section in RunConfig.SECTIONS.items() if wrong in section.model_fields]
-    return hint or (f" Did you mean {homes[0]}.{wrong}?" if homes else f" Known: {', '.join(cls.model_fields)}.")
+    return hint or (f" Did you mean {homes[0]}.{wrong}?" if homes else _known(cls))

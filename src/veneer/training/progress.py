@@ -16,6 +16,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from veneer.storage import write_text
 from veneer.tasks import Task
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -61,10 +62,15 @@ def duration(seconds: float) -> str:
 class Progress(transformers.TrainerCallback):
     """Prints a line at each log and each validation, and appends both to ``log.jsonl``."""
 
-    def __init__(self, log: Path | None, tokens_seen: Callable[[], int]) -> None:
+    def __init__(self, log: Path, tokens_seen: Callable[[], int], resumed_at: int | None = None) -> None:
         self.log = log
         self.tokens_seen = tokens_seen
-        self.history: list[dict[str, Any]] = []
+        self.history = _entries(log, resumed_at) if resumed_at is not None else []
+        before = [entry for entry in self.history if "tokens" in entry][-1:]
+        self.tokens_before = before[0]["tokens"] if before else 0
+        self.seconds_before = before[0]["seconds"] if before else 0.0
+        if resumed_at is not None:
+            write_text(log, "".join(json.dumps(entry) + "\n" for entry in self.history))
         self._started = time.perf_counter()
         self._first_step = 0
         self._evaluating = 0.0
@@ -84,11 +90,22 @@ class Progress(transformers.TrainerCallback):
         elif "loss" in entry:
             entry["tokens_per_second"] = round(self._tokens_per_second(), 1)
             entry["peak_memory"] = peak_memory()
+            entry["tokens"] = self.tokens
+            entry["seconds"] = round(self.seconds, 3)
             console.print(self._step(entry, state))
         self.history.append(entry)
-        if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    @property
+    def tokens(self) -> int:
+        """Seen so far, before an interruption too (as far as it was logged)."""
+        return self.tokens_before + self.tokens_seen()
+
+    @property
+    def seconds(self) -> float:
+        """Trained so far, likewise."""
+        return self.seconds_before + time.perf_counter() - self._started
 
     def _tokens_per_second(self) -> float:
         return self.tokens_seen() / max(time.perf_counter() - self._started - self._evaluating, 1e-9)
@@ -110,11 +127,20 @@ class Progress(transformers.TrainerCallback):
         return f"validation at step {entry['step']}  " + "  ".join(shown)
 
 
+def _entries(log: Path, upto: int) -> list[dict[str, Any]]:
+    """What an interrupted run logged up to the step it goes on from."""
+    if not log.exists():
+        return []
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [entry for entry in entries if entry["step"] <= upto]
+
+
 class Samples(transformers.TrainerCallback):
     """Shows what the adapter answers to a few validation rows, at each validation."""
 
     def __init__(self, adapter: Any, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.adapter, self.task, self.rows = adapter, task, rows
+        self.adapter, self.task = adapter, task
+        self.rows = [task.sample(row) for row in rows]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Answer, and print question, expected and given answer."""

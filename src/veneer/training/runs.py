@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 import yaml
+from pydantic import ValidationError
 
-from veneer.adapters import Adapter
+from veneer.adapters import Adapter, Base
 from veneer.data import read, split_off
 from veneer.errors import ConfigError, OutputError
 from veneer.storage import write_json, write_text
 from veneer.tasks import Prepared, Task, choose_task, load_base, task_class, task_from_config
-from veneer.training.config import RunConfig
+from veneer.training.config import RunConfig, explain
 from veneer.training.progress import Progress, Samples, console, duration, peak_memory, program, size
 from veneer.training.settings import TrainSettings
 from veneer.training.trainer import Trainer, checkpoints
@@ -36,8 +36,8 @@ class Result:
 
     Attributes:
         steps: optimiser steps done in all.
-        seconds: of this run, validations included.
-        tokens: seen in training, padding not counted.
+        seconds: it took, validations included; and what was logged of it before an interruption.
+        tokens: seen in training, padding not counted; likewise.
         trainable: numbers trained.
         trainable_share: the same as a share of the base's parameters.
         adapter_bytes: of the adapter's parameters.
@@ -110,7 +110,7 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
     name = config.task.get("name") or choose_task(rows).name
     base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
     settings = {key: value for key, value in config.task.items() if key != "name"}
-    task = task_class(name).for_rows(rows, base, **settings)
+    task = _task_for(name, rows, base, settings)
     adapter = base.attach(
         config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
     )
@@ -126,11 +126,14 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
     return adapter, result
 
 
+def _task_for(name: str, rows: Dataset, base: Base, settings: Mapping[str, Any]) -> Task:
+    try:
+        return task_class(name).for_rows(rows, base, **settings)
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(error, task_class(name), "task."))) from error
+
+
 def _settings(given: Mapping[str, Any]) -> TrainSettings:
-    from pydantic import ValidationError
-
-    from veneer.training.config import explain
-
     try:
         return TrainSettings(**given)
     except ValidationError as error:
@@ -173,17 +176,18 @@ def _open_output(config: RunConfig) -> Path | None:
         raise OutputError(f"{folder} is a file; `output` is to be a folder.")
     if (folder / ADAPTER).exists():
         raise OutputError(f"{folder} holds a finished run; choose another `output`, or delete it first.")
-    if not (folder / CONFIG).exists():
+    found = checkpoints(folder)
+    if not found:
+        if (folder / LOG).exists():
+            console.print(f"The run in {folder} was cut off before its first checkpoint; it starts anew.")
+            (folder / LOG).unlink()
         return None
     if yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) != config.plain():
         raise OutputError(
             f"{folder} holds an unfinished run with another config; choose another `output`, or delete it first."
         )
-    found = checkpoints(folder)
-    if found:
-        console.print(f"Going on from step {found[-1][0]} of the run in {folder}.")
-        return found[-1][1]
-    return None
+    console.print(f"Going on from step {found[-1][0]} of the run in {folder}.")
+    return found[-1][1]
 
 
 def _fit(
@@ -201,36 +205,40 @@ def _fit(
     train_set = task.prepare(rows, base.tokenizer)
     validation = task.prepare(held_out, base.tokenizer) if held_out is not None else None
     output.mkdir(parents=True, exist_ok=True)
-    arguments = transformers.TrainingArguments(
-        **settings.arguments(
-            output,
-            learning_rate=settings.learning_rate or adapter.method.learning_rate,
-            validate=validation is not None,
-        ),
-        eval_on_start=validation is not None and resume is None,
-        use_cache=bool(getattr(base.model.config, "use_cache", False)),
-        use_cpu=base.device.type == "cpu",
-    )
+    try:
+        arguments = transformers.TrainingArguments(
+            **settings.arguments(
+                output,
+                learning_rate=settings.learning_rate or adapter.method.learning_rate,
+                validate=validation is not None,
+            ),
+            eval_on_start=validation is not None and resume is None,
+            use_cache=bool(getattr(base.model.config, "use_cache", False)),
+            use_cpu=base.device.type == "cpu",
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     if settings.checkpointing:
         base.enable_checkpointing()
-    progress = Progress(output / LOG, lambda: trainer.tokens_seen)
+    progress = Progress(output / LOG, lambda: trainer.tokens_seen, _step(resume))
     callbacks: list[Any] = [progress]
     if held_out is not None and settings.samples:
-        callbacks.append(Samples(adapter, task, [held_out[i] for i in range(min(settings.samples, len(held_out)))]))
+        callbacks.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
     if settings.patience and validation is not None:
         callbacks.append(transformers.EarlyStoppingCallback(settings.patience))
-    trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks)
+    try:
+        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks)
+    except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
+        raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     _header(adapter, task, train_set, validation)
-    started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        seconds = time.perf_counter() - started
         best = (trainer.state.best_global_step if arguments.load_best_model_at_end else 0) or trainer.state.global_step
         validations = [entry for entry in progress.history if "eval_loss" in entry]
         return Result(
             steps=trainer.state.global_step,
-            seconds=seconds,
-            tokens=trainer.tokens_seen,
+            seconds=progress.seconds,
+            tokens=progress.tokens,
             trainable=adapter.trainable,
             trainable_share=adapter.trainable_share,
             adapter_bytes=adapter.nbytes,
@@ -244,6 +252,10 @@ def _fit(
         adapter.eval()
         if settings.checkpointing:
             base.disable_checkpointing()
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
 
 
 def _at(validations: list[dict[str, Any]], step: int) -> dict[str, float] | None:
@@ -280,6 +292,8 @@ def _summary(adapter: Adapter, task: Task, result: Result, config: RunConfig) ->
     if result.before and result.after:
         changes = [f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.after.items()]
         lines.append(f"learned    {', '.join(changes)}  (validation, at step {result.best_step})")
+        if result.after["loss"] >= result.before["loss"]:
+            lines.append("warning    the validation loss did not fall: try another train.learning_rate, or more rows")
     lines.append(
         f"size       {result.trainable:,} numbers trained ({result.trainable_share:.2%} of the base); "
         f"adapter {size(result.adapter_bytes)}, base {size(result.base_bytes)}"

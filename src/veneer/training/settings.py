@@ -76,6 +76,7 @@ class TrainSettings(BaseModel):
             "optim": self.optimizer,
             "train_sampling_strategy": "group_by_length" if self.group_by_length else "random",
             "logging_steps": self.log_every,
+            "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "report_to": list(self.trackers) or "none",
             "seed": self.seed,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from veneer.adapters import Adapter
 from veneer.adapters.files import WEIGHTS
 from veneer.data.batching import EpochSampler
+from veneer.errors import TrainingError
 from veneer.storage import write_text
 from veneer.tasks import Prepared, Task
 
@@ -88,6 +89,12 @@ class Trainer(transformers.Trainer):
         """This micro-batch's share of the step's mean loss."""
         self.tokens_seen += int(inputs["attention_mask"].sum())
         outcome = self.task.outcome(model, inputs)
+        if not torch.isfinite(outcome.loss):
+            rate = self._get_learning_rate()
+            raise TrainingError(
+                f"The loss is {float(outcome.loss.detach())} at step {self.state.global_step + 1}, at a learning "
+                f"rate of {rate:.1e}. Try a tenth of train.learning_rate. Nothing was saved from this step on."
+            )
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP averages gradients over processes; the divisor is global
