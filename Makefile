@@ -33,6 +33,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.fused_spike
+	$(BIN)/python -m benchmarks.rows
 
 clean:
 	rm -rf $(ENV) build dist .pytest_cache .mypy_cache .ruff_cache

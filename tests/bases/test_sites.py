@@ -49,3 +49,30 @@ def test_shortest_names_pick_the_same_sites_as_endings(targets: str | list[str])
         names = tuple("." + name for name in sites.shortest_names(chosen))
         paths = [path for path, _ in model.named_modules() if ("." + path).endswith(names)]
         assert paths == [site.path for site in chosen]
+
+
+def test_regular_expressions_exclusions_and_layers() -> None:
+    sites = SiteMap(tiny_llama())
+    assert [site.path for site in sites.resolve(r"/layers\.1\..*(q|v)_proj$/")] == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert {site.role for site in sites.resolve("all-linear", exclude=["attention", "gate"])} == {"up", "down"}
+    assert {site.layer for site in sites.resolve("all-linear", layers="1:")} == {1}
+    assert {site.layer for site in sites.resolve("mlp", layers="-2:-1")} == {0}
+    for options, message in (
+        ({"exclude": ["all-linear"]}, "Nothing is left"),
+        ({"layers": "5:"}, "Nothing is left"),
+        ({"layers": "first"}, "is no slice"),
+        ({"exclude": ["mpl"]}, "Did you mean 'mlp'"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            sites.resolve("all-linear", **options)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="no regular expression"):
+        sites.resolve("/(/")
+
+
+def test_embeddings_and_convolutions_are_picked_by_name_only() -> None:
+    sites = SiteMap(tiny_bert())
+    assert [site.kind for site in sites.resolve("word_embeddings")] == ["embedding"]
+    assert all(site.kind == "linear" for site in sites.resolve("all-linear"))

@@ -205,6 +205,8 @@ BASIC = ("base=x", "data.train=t.jsonl", "output=o")
         (["generate", "hello"], "--adapter FOLDER or --base NAME"),
         (["generate", " ", "--base", "x"], "prompt is empty"),
         (["methods", "lroa"], "Did you mean 'lora'"),
+        (["sites", "nowhere"], "No base called 'nowhere'"),
+        (["sites", "minilm-l6", "--targets", "querry"], "Did you mean 'query'"),
         (["models", "fetch"], "Say what to fetch"),
         (["models", "fetch", "minilm"], "Did you mean 'minilm-l6'"),
         (["models", "--for", "chess"], "No task called 'chess'"),
@@ -246,6 +248,10 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lora" in capsys.readouterr().out
     assert run("methods", "lora", "--json") == 0
     assert set(json.loads(capsys.readouterr().out)["settings"]) == set(veneer.LoRA.model_fields)
+    assert run("sites", "minilm-l6") == 0
+    assert "encoder.layer.*.intermediate.dense" in capsys.readouterr().out
+    assert run("sites", "minilm-l6", "--targets", "/layer.[01].att/", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["sites"]) == 10
     assert run("models", "--json") == 0
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} >= {"smollm2-135m-instruct", "minilm-l6"}
     assert run("models", "--for", "sequence-classification", "--json") == 0
@@ -254,7 +260,9 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert (Path(json.loads(capsys.readouterr().out)["folder"]) / "config.json").exists()
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "predict", "generate", "merge", "methods", "models"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "eval", "predict", "generate", "merge", "methods", "sites", "models"]
+)
 def test_help_has_worked_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*[command] * bool(command), "--help") == 0
     out = capsys.readouterr().out

@@ -205,3 +205,9 @@ def test_left_padding_equals_right_padding(name: str, family: Family) -> None:
         )
     assert off(right[:, :7], alone) < EXACT
     assert off(left[:, 3:], alone) < EXACT
+
+
+def test_the_coverage_page_is_true() -> None:
+    import coverage
+
+    assert coverage.PAGE.read_text(encoding="utf-8") == coverage.page(), "run python tests/methods/coverage.py"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import PREFIX, Adapter
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, VeneerError
-from veneer.methods import Method, method_from_config
+from veneer.methods import Method, method_class, method_from_config
 from veneer.methods.registry import method_for_peft_type
 from veneer.storage import new_folder, sha256, write_json
 
@@ -46,7 +46,13 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
         raise AdapterError(f"{path} exists and is no adapter folder; give a new or an empty one.")
     with new_folder(path) as new:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
+        prefix = adapter.method.peft_prefix
+        state = {
+            (prefix + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name): tensor.detach()
+            .cpu()
+            .contiguous()
+            for name, tensor in adapter.state_dict().items()
+        }
         save_file(state, new / WEIGHTS, metadata={"format": "pt"})
         write_json(new / CONFIG, _peft_config(adapter))
         write_json(new / RECORD, _record(adapter, sha256(new / WEIGHTS)))
@@ -111,10 +117,13 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     record, config = read_record(path), _json(path / CONFIG)
     state = _weights(path / WEIGHTS, record)
     _check_base(base, path, record)
+    cls = _method_class(path, config, record)
+    if cls.peft_prefix != PREFIX:
+        state = {_under(PREFIX, key, cls.peft_prefix): tensor for key, tensor in state.items()}
     in_full = tuple(config.get("modules_to_save") or ())
     modules = _modules_in_full(state, in_full)
     adapter = base.attach(
-        _method(path, config, record, base, state),
+        _method(cls, config, record, base, state),
         name or _name(path),
         task=record.get("task", {"peft_task_type": config.get("task_type")}),
     )
@@ -205,17 +214,27 @@ def _check_base(base: Base, path: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _method(
-    path: Path, config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]
-) -> Method:
-    if method := record.get("method"):
-        return method_from_config(method)
+def _under(ours: str, key: str, theirs: str) -> str:
+    return ours + key.removeprefix(theirs) if key.startswith(theirs) else key
+
+
+def _method_class(path: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> type[Method]:
+    if name := record.get("method", {}).get("name"):
+        return method_class(name)
     peft_type = str(config.get("peft_type"))
     if (cls := method_for_peft_type(peft_type)) is None:
         raise AdapterFileError(f"{path} holds a {peft_type} adapter, which veneer does not read yet.")
+    return cls
+
+
+def _method(
+    cls: type[Method], config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]
+) -> Method:
+    if "method" in record:
+        return method_from_config(record["method"])
     # peft's own list of targets may name modules this base lacks; the tensors say where the adapter acts.
     prefixes = {key.removeprefix(PREFIX).rsplit(".", parts)[0] for key in state for parts in (1, 2)}
-    sites = [site for site in base.sites if site.path in prefixes]
+    sites = [site for site in base.sites.everything if site.path in prefixes]
     return cls.from_peft({**config, "target_modules": base.sites.shortest_names(sites)})
 
 

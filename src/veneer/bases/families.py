@@ -41,6 +41,11 @@ _ROLES: Mapping[str, tuple[str, str]] = {
 _BY_LENGTH = sorted(_ROLES, key=len, reverse=True)
 
 
+def is_cross_attention(path: str) -> bool:
+    """Whether a part of a decoder attends to the encoder."""
+    return "EncDecAttention." in path or "encoder_attn." in path
+
+
 def runs_through_interface(attention: object) -> bool:
     """Whether an attention module calls transformers' exchangeable attention functions (DeBERTa, XLNet don't)."""
     return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")

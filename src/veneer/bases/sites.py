@@ -14,7 +14,7 @@ from functools import cached_property
 
 from torch import nn
 
-from veneer.bases.families import branch_output, counts_positions, role_of, runs_through_interface
+from veneer.bases.families import branch_output, counts_positions, is_cross_attention, role_of, runs_through_interface
 from veneer.bases.weights import is_transposed, parameters_of
 from veneer.errors import TargetError, did_you_mean
 
@@ -108,12 +108,12 @@ class SiteMap(Sequence[Site]):
         return found
 
     def branches(self, group: str) -> Sequence[Site]:
-        """The outputs of residual branches (``attention`` or ``mlp``), before the residual is added."""
+        """The outputs of residual branches (self-``attention`` or ``mlp``), before the residual is added."""
         last = {"attention": "o", "mlp": "down"}[group]
         return [
             replace(site, path=branch_output(site.path, self._modules), in_features=site.out_features, kind="branch")
             for site in self._sites
-            if site.role == last
+            if site.role == last and not is_cross_attention(site.path)
         ]
 
     @property
@@ -151,16 +151,29 @@ class SiteMap(Sequence[Site]):
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
 
-    def resolve(self, targets: str | Sequence[str]) -> list[Site]:
+    def resolve(
+        self, targets: str | Sequence[str], *, exclude: Sequence[str] = (), layers: str | None = None
+    ) -> list[Site]:
         """The sites that ``targets`` pick, in the model's order.
 
         A target is ``all-linear`` (every linear map inside the layers; in a model without layers, every one), a
         group (``attention``, ``mlp``), a role (``q``, ``up`` …), or a module's path or the end of one
-        (``q_proj``, ``attention.self.query``).
+        (``q_proj``, ``attention.self.query``), or a regular expression between slashes (``/layers\\.[02]\\./``) to be
+        found in the path. What ``exclude`` picks is left out, and so is what lies outside the slice ``layers``.
 
         Raises:
-            TargetError: a target picks no site; the message names the nearest that would.
+            TargetError: a target or an exclusion picks no site; the message names the nearest that would.
         """
+        chosen = self._union(targets) - (self._union(exclude) if exclude else set())
+        if layers is not None:
+            chosen &= self._in_layers(layers)
+        if not chosen:
+            raise TargetError(
+                f"Nothing is left of targets {targets!r} after exclude={exclude!r} and layers={layers!r}."
+            )
+        return [site for site in self._everything if site.path in chosen]
+
+    def _union(self, targets: str | Sequence[str]) -> set[str]:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         if not wanted:
             raise TargetError("No targets given; 'all-linear' picks every linear map inside the layers.")
@@ -173,7 +186,16 @@ class SiteMap(Sequence[Site]):
                     f"It has: {', '.join(self.words()) or 'no linear maps'}."
                 )
             chosen.update(paths)
-        return [site for site in self._everything if site.path in chosen]
+        return chosen
+
+    def _in_layers(self, layers: str) -> set[str]:
+        count = 1 + max((site.layer for site in self._everything if site.layer is not None), default=-1)
+        try:
+            start, stop = (int(end) if end.strip() else None for end in layers.split(":"))
+        except ValueError:
+            raise TargetError(f'layers={layers!r} is no slice; write "0:6", "8:" or "-4:".') from None
+        inside = range(count)[start:stop]
+        return {site.path for site in self._everything if site.layer in inside}
 
     def words(self) -> list[str]:
         """The words that pick something here: groups, roles and the last parts of module names."""
@@ -197,12 +219,22 @@ class SiteMap(Sequence[Site]):
     def _matches(self, target: str) -> list[str]:
         if target in self._by_path:
             return [target]
+        if len(target) > 2 and target.startswith("/") and target.endswith("/"):
+            try:
+                pattern = re.compile(target[1:-1])
+            except re.error as error:
+                raise TargetError(f"Target {target} is no regular expression: {error}.") from error
+            return [site.path for site in self._everything if pattern.search(site.path)]
         if target == ALL_LINEAR:
             inside = [site.path for site in self._sites if site.layer is not None]
             return inside or [site.path for site in self._sites]
-        return [
-            site.path for site in self._sites if target in (site.role, site.group) or site.path.endswith("." + target)
+        named = [
+            site.path
+            for site in self._sites
+            if target in (site.role, site.group) or ("." + site.path).endswith("." + target)
         ]
+        # Embeddings and convolutions are picked by name only.
+        return named or [site.path for site in self._everything if ("." + site.path).endswith("." + target)]
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Answer one prompt, with or without an adapter.",
     "merge": "Fold an adapter into its base and write the whole model.",
     "methods": "List the PEFT methods, or show the settings of one.",
+    "sites": "Show where a method can act in a base, and the words for it.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
 }
 FIRST_STEPS = (

@@ -50,6 +50,8 @@ class Method(BaseModel):
     """A default that learns."""
     peft_type: ClassVar[str]
     """Its ``peft_type`` in ``adapter_config.json``: peft's own wherever peft has the method."""
+    peft_prefix: ClassVar[str] = "base_model.model."
+    """What peft puts before a module's path in files of this type."""
     peft_names: ClassVar[Mapping[str, str]] = {}
     """peft's spelling of a field -> ours."""
 

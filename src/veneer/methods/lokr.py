@@ -19,13 +19,13 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import ALL_LINEAR
 from veneer.deltas import Delta, Kron
 from veneer.errors import AdapterFileError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import Lowering
+from veneer.methods.targeted import Targeted
 
 
-class LoKr(Method):
+class LoKr(Targeted):
     """A Kronecker product as the update of linear maps."""
 
     name: ClassVar[str] = "lokr"
@@ -38,12 +38,6 @@ class LoKr(Method):
     """Rank r of M."""
     alpha: float = Field(8.0, gt=0)
     """The update is scaled by alpha / rank."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Where, as for LoRA."""
-
-    def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """The linear maps that `targets` pick."""
-        return sites.resolve(self.targets)
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """C ``[o1, i1]`` zero; M ``[o2, i2]``, or B ``[o2, r]`` and A ``[r, i2]``, Kaiming-uniform."""

@@ -22,10 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import ALL_LINEAR, EMBEDDING
+from veneer.bases.sites import EMBEDDING
 from veneer.deltas import ConvLowRank, EmbeddingLowRank, LowRank
 from veneer.errors import AdapterFileError, TargetError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import Lowering
+from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
 _NOT_READ = (
@@ -46,7 +47,7 @@ def _convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
     return module._conv_forward(x, kernel, None)
 
 
-class LoRA(Method):
+class LoRA(Targeted):
     """Low-rank adaptation of linear maps."""
 
     name: ClassVar[str] = "lora"
@@ -67,8 +68,6 @@ class LoRA(Method):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of zeroing an input feature of A in training."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Where: all-linear, attention, mlp, roles (q, k, v, o, up, gate, down) or module names."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead, so that large ranks learn as fast."""
 
@@ -83,7 +82,7 @@ class LoRA(Method):
         Raises:
             TargetError: the rank is more than any of them can have.
         """
-        found = sites.resolve(self.targets)
+        found = super().sites(sites)
         if self.rank > (most := max(min(site.in_features, site.out_features) for site in found)):
             raise TargetError(
                 f"rank {self.rank} is more than these maps can have, which is {most}; LoRA uses 4 to 128."
@@ -113,9 +112,8 @@ class LoRA(Method):
         return LowRank(a, b, self.scale, dropout)
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
-        """With ``target_modules`` in module names: peft knows neither roles nor groups."""
-        names = {"target_modules": site_map.shortest_names(sites)}
-        return super().to_peft(sites, site_map) | names | {"bias": "none", "init_lora_weights": True}
+        """With the settings of peft's that are fixed here."""
+        return super().to_peft(sites, site_map) | {"bias": "none", "init_lora_weights": True}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:

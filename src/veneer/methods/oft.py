@@ -21,13 +21,13 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import ALL_LINEAR
 from veneer.deltas import Delta, Rotate
 from veneer.errors import AdapterFileError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import Lowering
+from veneer.methods.targeted import Targeted
 
 
-class OFT(Method):
+class OFT(Targeted):
     """A learned rotation of each map's input, in blocks."""
 
     name: ClassVar[str] = "oft"
@@ -38,12 +38,6 @@ class OFT(Method):
 
     block_size: int = Field(32, ge=2)
     """Size β of the blocks; made smaller where it does not divide a map's input width."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Where, as for LoRA."""
-
-    def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """The linear maps that `targets` pick."""
-        return sites.resolve(self.targets)
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """The entries above the diagonals of Q, ``[k, β(β − 1)/2]``, zero."""

@@ -32,6 +32,7 @@ class Prefix(Method):
     summary: ClassVar[str] = "learned keys and values in every attention layer"
     learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_prefix: ClassVar[str] = "base_model."
     peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "length"}
 
     length: int = Field(20, ge=1)

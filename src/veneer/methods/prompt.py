@@ -31,6 +31,7 @@ class Prompt(Method):
     summary: ClassVar[str] = "learned virtual tokens before the input; the fewest numbers"
     learning_rate: ClassVar[float] = 3e-2
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_prefix: ClassVar[str] = "base_model."
     peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "length"}
 
     length: int = Field(20, ge=1)

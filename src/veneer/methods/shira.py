@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import ALL_LINEAR
 from veneer.deltas import Delta, Sparse
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import Lowering
+from veneer.methods.targeted import Targeted
 
 
-class SHiRA(Method):
+class SHiRA(Targeted):
     """A sparse update on a fixed random mask."""
 
     name: ClassVar[str] = "shira"
@@ -35,12 +35,6 @@ class SHiRA(Method):
 
     rank: int = Field(16, ge=1)
     """As many entries are trained as LoRA of this rank would have numbers."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Where, as for LoRA."""
-
-    def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """The linear maps that `targets` pick."""
-        return sites.resolve(self.targets)
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Values ``[nnz]``, zero; indices ``[2, nnz]``, fixed: row and column."""

@@ -1,0 +1,34 @@
+"""Methods that act on maps a user picks: `targets`, `exclude` and `layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.bases import Site, SiteMap
+from veneer.bases.sites import ALL_LINEAR
+from veneer.methods.base import Method
+
+
+class Targeted(Method):
+    """A method with targets."""
+
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    """Where: all-linear, attention, mlp, roles (q, k, v, o, up, gate, down), module names, or /regular expressions/."""
+    exclude: tuple[str, ...] = ()
+    """Where not, in the same words."""
+    layers: str | None = None
+    """Which layers, as a slice: "8:" all from the ninth on, "-4:" the last four, "0:6" the first six."""
+
+    def sites(self, sites: SiteMap) -> Sequence[Site]:
+        """The sites picked.
+
+        Raises:
+            TargetError: a word picks nothing, or all together leave nothing.
+        """
+        return sites.resolve(self.targets, exclude=self.exclude, layers=self.layers)
+
+    def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
+        """With targets in module names, which say it all: peft knows neither roles nor groups nor slices."""
+        fields = super().to_peft(sites, site_map) | {"target_modules": site_map.shortest_names(sites)}
+        return {key: value for key, value in fields.items() if key not in ("exclude", "layers")}

@@ -1,0 +1,71 @@
+"""Writes docs/coverage.md: every method on every family, works or can't and why.
+
+    python tests/methods/coverage.py
+
+What works is what tests/methods/test_contract.py and test_rows.py prove, cell by cell.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from contracts import CONTRACTS, method  # noqa: E402
+from families import FAMILIES, Family  # noqa: E402
+
+import veneer  # noqa: E402
+from veneer.errors import TargetError  # noqa: E402
+
+PAGE = HERE.parent.parent / "docs" / "coverage.md"
+INTRO = """# Coverage
+
+Every method on one small model of every family. Written by `python tests/methods/coverage.py`; what works (✓) is proved
+cell by cell by `make test-all` (`tests/methods/`): identity at the start where promised, base bit-identical, gradients
+against finite differences, merged equal to adapted, save and load, checkpointing, generation with and without cache and
+padding, and batches that mix all kinds row by row, all in float64. Besides, `tests/methods/test_against_peft.py` compares outputs
+and gradients with peft's.
+
+*rows*: a batch may mix adapters of all kinds and plain rows. *checkpointing*: activations can be recomputed.
+
+"""
+
+
+def reason(name: str, family: Family) -> str | None:
+    """Why this method can't be on this family, or None."""
+    try:
+        veneer.Base(family.model()).attach(method(name))
+    except TargetError as error:
+        return str(error)
+    return None
+
+
+def page() -> str:
+    """The page's text."""
+    names = sorted(CONTRACTS)
+    reasons: list[str] = []
+    lines = [f"| family | {' | '.join(names)} | rows | checkpointing |", "|---" * (len(names) + 3) + "|"]
+    for family in FAMILIES.values():
+        cells = []
+        for name in names:
+            why = reason(name, family)
+            if why is not None and why not in reasons:
+                reasons.append(why)
+            cells.append("✓" if why is None else f"[{reasons.index(why) + 1}]")
+        cells += ["✓" if family.mixes else "no", "✓" if family.checkpoints else "no"]
+        lines.append(f"| {family.name} | {' | '.join(cells)} |")
+    notes = [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
+    more = [
+        "",
+        "DeBERTa computes its relative positions once for all rows with the same maps, so its rows cannot be mixed;",
+        "transformers has no activation checkpointing for ALBERT and XLNet. Experts of mixtures (Mixtral) are not adapted:",
+        "their weights are three-dimensional parameters; attention and norms are. XLNet's attention weights are raw",
+        "parameters; only its feed-forward maps are adapted. ALBERT's shared layers share their prefix, too.",
+    ]
+    return INTRO + "\n".join([*lines, "", *notes, *more]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Against peft, with its weights: equal outputs and gradients in float64; folders exchanged both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from contracts import CONTRACTS, method
+from families import FAMILIES, Family, run
+from test_contract import EXACT, off
+
+import veneer
+from helpers import perturb
+from veneer.errors import AdapterFileError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+ON = ("llama", "gpt2", "bert", "t5", "vit", "whisper")
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+# IA3 as peft maps it where peft has no mapping of its own.
+IA3 = {
+    "vit": (["k_proj", "v_proj", "mlp.fc2"], ["mlp.fc2"]),
+    "whisper": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "bert": (["key", "value", "output.dense"], ["output.dense"]),
+}
+
+
+def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
+    """The configuration of peft that does what ours does."""
+    task = TASKS.get(family.name)
+    settings = CONTRACTS[name].settings
+    if name == "lora":
+        return peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, task_type=task)
+    if name == "ia3":
+        return peft.IA3Config(target_modules=targets[0], feedforward_modules=targets[1], task_type=task)
+    if name == "shira":
+        return peft.ShiraConfig(r=settings["rank"], target_modules=targets, task_type=task)
+    if name == "oft":
+        return peft.OFTConfig(oft_block_size=8, r=0, use_cayley_neumann=False, target_modules=targets, task_type=task)
+    if name == "lokr":
+        return peft.LoKrConfig(r=2, alpha=3, target_modules=targets, task_type=task)
+    if name == "prefix":
+        return peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=task)
+    return peft.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
+
+
+def ours_on(name: str, family: Family) -> veneer.Adapter:
+    model = family.model().requires_grad_(False)
+    # peft saves a classifier beside prompts, and won't load without one.
+    head = (
+        {"classifier": dict(model.classifier.named_parameters())} if name in PROMPTS and family.name == "bert" else {}
+    )
+    adapter = veneer.Base(model).attach(method(name), "a", modules=head).double()
+    perturb(adapter, std=0.2)
+    return adapter
+
+
+def gradients(model: torch.nn.Module, family: Family, skip: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Output without its first positions (peft keeps the logits of virtual tokens), and gradients of its mean square."""
+    model.zero_grad()
+    output = run(model, family.inputs)
+    output = output[:, skip:] if output.dim() == 3 else output
+    output.square().mean().backward()
+    return output.detach(), {
+        key.replace(".default", ""): p.grad for key, p in model.named_parameters() if p.grad is not None
+    }
+
+
+PROMPTS = ("prefix", "prompt")
+LINEAR_ONLY = ("lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
+CELLS = [
+    (name, family)
+    for name in ("ia3", "lora", *LINEAR_ONLY)
+    for family in ON
+    if (name, family) not in [(linear, "gpt2") for linear in LINEAR_ONLY]
+]
+CELLS += [(name, family) for name in ("prefix", "prompt") for family in ("llama", "gpt2", "bert")]
+
+
+@pytest.mark.parametrize(("name", "on"), CELLS)
+def test_we_write_and_peft_computes_the_same(name: str, on: str, tmp_path: Path) -> None:
+    family = FAMILIES[on]
+    ours = ours_on(name, family)
+    prompting = name in PROMPTS
+    ours.task = {"peft_task_type": TASKS.get(on)} if prompting or on == "llama" else {}
+    ours.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(family.model(), tmp_path / "ours", is_trainable=not prompting)
+    theirs = theirs.double().eval()
+    if prompting:  # peft loads these for inference only
+        theirs.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    with torch.no_grad():
+        plain = run(ours.base.model, family.inputs)
+    expected, their_grads = gradients(theirs, family, skip=3 if name == "prompt" else 0)
+    got, grads = gradients(ours, family)
+    assert off(expected, plain) > 1e-3
+    assert off(got, expected) < EXACT
+    their_grads = {
+        key.replace("prompt_encoder.embedding.weight", "prompt_embeddings"): g for key, g in their_grads.items()
+    }
+    their_grads = {key: grad for key, grad in their_grads.items() if "classifier" not in key}  # peft trains it unasked
+    assert set(their_grads) == {key for key in grads if "classifier" not in key}
+    for key, grad in their_grads.items():
+        assert off(grads[key].view_as(grad), grad) < EXACT, key
+
+
+@pytest.mark.parametrize(("name", "on"), CELLS)
+def test_peft_writes_and_we_compute_the_same(name: str, on: str, tmp_path: Path) -> None:
+    family = FAMILIES[on]
+    ours = ours_on(name, family)
+    targets: Any = None
+    if name == "ia3":
+        sites = [site for site in ours.sites if site.role == "down"]
+        targets = (ours.base.sites.shortest_names(ours.sites), ours.base.sites.shortest_names(sites))
+    elif hasattr(ours.method, "targets"):
+        targets = ours.base.sites.shortest_names(ours.sites)
+    theirs = peft.get_peft_model(family.model(), theirs_for(name, family, targets)).double().eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                moved = parameter + torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.2
+                parameter.copy_(moved.float())  # files are read as float32
+        expected = run(theirs, family.inputs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = veneer.Base(family.model().requires_grad_(False)).load(tmp_path / "theirs", "theirs").double()
+    with torch.no_grad():
+        plain, got = run(again.base.model, family.inputs), run(again, family.inputs)
+    if name == "prompt" and expected.dim() == 3:
+        expected = expected[:, 3:]
+    assert off(expected, plain) > 1e-3
+    assert off(got, expected) < EXACT
+
+
+def test_an_approximate_rotation_is_refused(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    config = peft.OFTConfig(oft_block_size=8, r=0, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(family.model(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="use_cayley_neumann"):
+        veneer.Base(family.model()).load(tmp_path, "a")
