@@ -108,6 +108,26 @@ def test_generation_mixed_equals_alone(family: Family, beams: int) -> None:
         assert torch.equal(mixed[row : row + 1], alone), name
 
 
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_of_an_encoder_decoder_mixed_equals_alone(family: str, beams: int) -> None:
+    """Generation calls the encoder by itself: what acted before must not act there."""
+    base, names = everything_attached(FAMILIES[family])
+    ids = batch_of(FAMILIES[family], len(names))["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "num_beams": beams}
+    plain = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    with base.rows(names):
+        mixed = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    assert not torch.equal(mixed, plain)
+    for row, name in enumerate(names):
+        one = ids[row : row + 1]
+        with base.using(name):
+            alone = base.model.generate(one, attention_mask=torch.ones_like(one), **options)  # type: ignore[operator]
+        assert torch.equal(mixed[row : row + 1], alone), name
+    again = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    assert torch.equal(again, plain)
+
+
 def test_plain_rows_are_bitwise_those_of_a_plain_batch() -> None:
     """Kinds that act on rows leave the others alone."""
     family = FAMILIES["llama"]
@@ -143,7 +163,7 @@ def test_what_cannot_be_mixed_says_so() -> None:
     family = FAMILIES["deberta-v2"]
     base = veneer.Base(family.model())
     base.attach(method("lora"), "a").double()
-    with pytest.raises(AdapterError, match="its rows cannot be mixed"), base.rows(["a", None]):
+    with pytest.raises(AdapterError, match="they can't be mixed"), base.rows(["a", None]):
         run(base.model, family.inputs)
 
 

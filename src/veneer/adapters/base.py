@@ -252,9 +252,11 @@ class Base(Pretrained):
         self.model.requires_grad_(False)
         self.model.add_module(_BANK, Bank())
         self._execution.configs = self._configs()
-        handles = install(self._execution, {self.model, self.backbone})
+        # Generation calls the encoder of an encoder-decoder by itself.
+        encoder, decoder = self._encoder_decoder()
+        roots = (self.model, self.backbone, encoder, decoder)
+        handles = install(self._execution, {root for root in roots if root is not None})
         if self.sites.token_embedding is not None:
-            encoder, decoder = self._encoder_decoder()
             hooks = TokenHooks(self._execution)
             handles += hooks.install(encoder or self.model, self.sites.token_embedding, decoder)
         for path in self.sites.positions:

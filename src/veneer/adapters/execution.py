@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from veneer.adapters import prefixes
@@ -69,8 +70,8 @@ class Plan:
 class Execution:
     """The plan in force, and what makes the next one.
 
-    The plan outlives the forward it was made for, because an activation checkpoint recomputes parts of that
-    forward during backward; the next forward replaces it.
+    In training the plan outlives the forward it was made for, because an activation checkpoint recomputes parts of
+    that forward during backward; the next forward replaces it.
     """
 
     lower: Callable[[], Plan] | None = None
@@ -91,6 +92,8 @@ class Execution:
         """Post-hook of the base, called after exceptions too."""
         self.depth -= 1
         if self.depth == 0:
+            if not (module.training and torch.is_grad_enabled()):
+                self.plan = Plan()
             prefixes.switch_off(self._attention)
             self._attention = []
 

@@ -153,7 +153,8 @@ def _attention(name: str) -> Callable[..., Any]:
         keys, values, there = (each.repeat_interleave(times, 0) for each in (keys, values, there))
         mask = _extended(attention_mask, there, query, key, _causal(module, kwargs))
         if (bias := kwargs.get("position_bias")) is not None:
-            kwargs["position_bias"] = _extended_bias(module, bias, keys.shape[2])
+            # Relative position biases: a prefix is at no distance.
+            kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], keys.shape[2]), bias], -1)
         kwargs["is_causal"] = False  # the mask says it all
         return run(module, query, torch.cat([keys, key], 2), torch.cat([values, value], 2), mask, **kwargs)
 
@@ -198,8 +199,3 @@ def _extended(mask: Tensor | None, there: Tensor, query: Tensor, key: Tensor, ca
         lowest = torch.finfo(mask.dtype).min
         columns = torch.zeros_like(columns, dtype=mask.dtype).masked_fill(~columns, lowest)
     return torch.cat([columns, mask], -1)
-
-
-def _extended_bias(module: nn.Module, bias: Tensor, length: int) -> Tensor:
-    """T5's relative position bias with columns for a prefix that lies before position 0."""
-    return torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], -1)

@@ -52,7 +52,8 @@ def generate_(
     """
     from veneer.cli.output import console, print_json
     from veneer.errors import ConfigError
-    from veneer.tasks import adapter_task, load_adapter, load_base, task_class
+    from veneer.tasks import adapter_task, load_adapter, load_base
+    from veneer.tasks.causal_lm import CausalLM
 
     if adapter is None and base is None:
         raise ConfigError("Say what is to answer: --adapter FOLDER or --base NAME (`veneer models` lists some).")
@@ -61,13 +62,12 @@ def generate_(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise ConfigError("The prompt is empty.")
-    name = "causal-lm"
     loaded = load_adapter(adapter, base=base) if adapter is not None else None
-    on = loaded.base if loaded is not None else load_base(str(base), task=name)
+    on = loaded.base if loaded is not None else load_base(str(base), task=CausalLM.name)
     if on.tokenizer is None:
         raise ConfigError(f"{on.name} has no tokenizer; put the base's tokenizer files into its folder.")
-    task = adapter_task(loaded) if loaded is not None else task_class(name).for_rows(None, on)
-    if task.name != name:
+    task = adapter_task(loaded) if loaded is not None else CausalLM.for_rows(None, on)
+    if task.name != CausalLM.name:
         raise ConfigError(f"{adapter} is an adapter for {task.name}, which generates no text; use `veneer predict`.")
 
     def answer(model: object) -> str:

@@ -67,7 +67,7 @@ class Rows(Delta):
         if seen % self.count:
             raise AdapterError(
                 f"Adapters are given for {self.count} rows, but the module sees a batch of {seen}. Give one name a "
-                "row. (DeBERTa computes relative positions once for all rows, so its rows cannot be mixed.)"
+                "row. (Where a base computes something once for all rows, as relative positions, they can't be mixed.)"
             )
         return seen // self.count
 

@@ -3,7 +3,9 @@
     K ← [P_k; K],   V ← [P_v; V]        in every attention layer, P learned
 
 Trained and stored: ``2 · layers · l · key-value width``. Positions: the real tokens start after the prefix, as in
-peft. Not mergeable, never an identity at the start: a prefix always draws attention.
+peft. In an encoder-decoder all attention layers get a prefix, those to the encoder too; in relative position biases
+it counts as being at no distance (peft's T5 does otherwise: such files are not exchanged). Not mergeable, never an
+identity at the start: a prefix always draws attention.
 
 Use it to steer generation with a frozen model that must stay shared by many; it learns more slowly than LoRA and
 wants a high learning rate. It costs l more keys in every layer.
@@ -50,10 +52,6 @@ class Prefix(Method):
         if len(width) != 1:
             raise TargetError("The attention layers of this base differ in width; one prefix table cannot serve them.")
         return {"prompt_embeddings": torch.randn(self.length, 2 * len(sites) * width.pop(), generator=generator) * 0.1}
-
-    def parameters(self, site: AttentionSite, generator: torch.Generator) -> dict[str, Tensor]:
-        """The slot of the table that is this layer's."""
-        return {}
 
     def lower(self, site: AttentionSite, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """Its two slots of the table, keys first."""

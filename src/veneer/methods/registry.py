@@ -12,6 +12,9 @@ from veneer import methods as package
 from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.methods.base import Method
 
+DEFAULT = "lora"
+"""What a config that names no method trains."""
+
 
 @cache
 def methods() -> Mapping[str, type[Method]]:

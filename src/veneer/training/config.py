@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.methods import Method, method_from_config, methods
+from veneer.methods.registry import DEFAULT
 from veneer.tasks import TASKS
 from veneer.training.settings import TrainSettings
 
@@ -99,7 +100,7 @@ class RunConfig(BaseModel):
         """
         values = dict(raw)
         problems: list[str] = []
-        values["method"], wrong = _parse_method(values.get("method", "lora"))
+        values["method"], wrong = _parse_method(values.get("method", DEFAULT))
         problems += wrong
         if isinstance(values.get("task"), str):
             values["task"] = {"name": values["task"]}
@@ -153,7 +154,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if isinstance(inner, str) and parent in {"method", "task"}:
             inner = {"name": inner}
         if inner is None:
-            inner = {"name": "lora"} if parent == "method" else {}
+            inner = {"name": DEFAULT} if parent == "method" else {}
         if not isinstance(inner, dict):
             raise ConfigError(f"{override!r}: {parent!r} is {inner!r}, which has no keys.")
         node[parent] = inner
