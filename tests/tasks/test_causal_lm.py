@@ -48,6 +48,22 @@ def test_the_end_token_is_learned_though_it_is_also_padding(smollm: veneer.Base)
     assert batch["attention_mask"].sum(1).tolist() == [len(example["input_ids"]) for example in examples]
 
 
+def test_the_end_token_is_added_where_the_template_has_none(
+    smollm: veneer.Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = smollm.tokenizer
+    (example,) = CausalLM(template="plain").encode({"prompt": "One?", "completion": " Yes."}, tokenizer)
+    assert learned(example, tokenizer) == " Yes.<|im_end|>"
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
+    (example,) = CausalLM().encode({"prompt": "One?", "completion": "Yes."}, tokenizer)
+    assert learned(example, tokenizer) == "Yes.<|im_end|>"
+
+
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_a_prompt_has_the_same_tokens_in_training_and_generation(smollm: veneer.Base, template: str) -> None:
     task = CausalLM(template=template)
