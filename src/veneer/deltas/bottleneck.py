@@ -60,7 +60,7 @@ class Bottleneck(Delta):
             missing = [[0, 0] * (v.dim() - 1 - axis) + [0, width - v.shape[axis]] for v in values]
             return torch.stack([F.pad(v, m) for v, m in zip(values, missing, strict=True)])[which]
 
-        scale = torch.tensor([delta.scale for delta in deltas], device=which.device)[which]
+        scale = torch.tensor([delta.scale for delta in deltas], device=which.device, dtype=torch.float64)[which]
         up_bias = torch.stack([delta.up_bias for delta in deltas])[which]
         return _BottleneckRows(
             padded("down", 0), padded("down_bias", 0), padded("up", 1), up_bias, first.act, scale, first.parallel
