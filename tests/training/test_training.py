@@ -12,6 +12,7 @@ import transformers
 import veneer
 from helpers import sums, tiny_bert, tiny_llama
 from veneer.errors import ConfigError
+from veneer.methods import method_class
 
 IDS = torch.arange(40).view(8, 5) + 3
 
@@ -45,6 +46,16 @@ def test_it_learns(tiny_folder: Path, tmp_path: Path) -> None:
     assert log[0]["step"] == 0
     assert "eval_perplexity" in log[0]
     assert not adapter.training
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "ia3", "houlsby", "bitfit", "shira", "oft", "lokr"])
+def test_every_method_trains(name: str, tiny_folder: Path) -> None:
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    adapter = base.attach(method_class(name)(), "t")
+    result = veneer.train(adapter, sums(24), validation=sums(8), epochs=4, learning_rate=1e-2)
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after["loss"] < result.before["loss"] - 0.05
 
 
 def test_batches_and_accumulation_are_the_same_step(tiny_folder: Path) -> None:

@@ -310,7 +310,13 @@ def _head_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]), prepend=True)
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].shape[:2] != positions.shape:  # virtual tokens are among them; their logits are dropped later
+            return args
+        return (args[0][positions], *args[1:])
+
+    handle = head.register_forward_pre_hook(select, prepend=True)
     try:
         yield
     finally:
