@@ -113,7 +113,8 @@ class Base(Pretrained):
         """
         if clash := {site.path for site in adapter.sites} & set(modules):
             raise TargetError(f"{', '.join(sorted(clash))} cannot be adapted and trained in full at once.")
-        if missing := [path for path in modules if path not in dict(self.model.named_modules())]:
+        known = {path for path, _ in self.model.named_modules()}
+        if missing := [path for path in modules if path not in known]:
             raise TargetError(
                 f"{type(self.model).__name__} has no {', '.join(missing)} to train in full. Is it for another task? "
                 "Load the base with that task: veneer.load_base(name, task=...)."

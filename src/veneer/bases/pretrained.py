@@ -78,17 +78,17 @@ class Pretrained:
     @property
     def parameter_count(self) -> int:
         """Parameters of the base alone, shared ones counted once."""
-        own = {id(p): p.numel() for name, p in self.model.named_parameters() if name in self._own_names()}
-        return sum(own.values())
+        return sum(parameter.numel() for parameter in self._own_parameters())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the base's parameters alone, shared ones counted once."""
-        own = {id(p): p.nbytes for name, p in self.model.named_parameters() if name in self._own_names()}
-        return sum(own.values())
+        return sum(parameter.nbytes for parameter in self._own_parameters())
 
-    def _own_names(self) -> set[str]:
-        return set(self.model.state_dict(keep_vars=True))
+    def _own_parameters(self) -> list[nn.Parameter]:
+        """Without those of adapters, which stay out of the state dict; shared ones once."""
+        own = set(self.model.state_dict(keep_vars=True))
+        return [parameter for name, parameter in self.model.named_parameters() if name in own]
 
     def _keep_head_input_contiguous(self) -> None:
         """Generation hands the head a strided slice, on which a bf16 product on CPU is 200× slower."""

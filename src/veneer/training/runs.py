@@ -218,8 +218,6 @@ def _fit(
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
-    if settings.checkpointing:
-        base.enable_checkpointing()
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, _step(resume))
     callbacks: list[Any] = [progress]
     if held_out is not None and settings.samples:
@@ -231,6 +229,8 @@ def _fit(
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     _header(adapter, task, train_set, validation)
+    if settings.checkpointing:
+        base.enable_checkpointing()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         best = (trainer.state.best_global_step if arguments.load_best_model_at_end else 0) or trainer.state.global_step
