@@ -54,15 +54,14 @@ def page() -> str:
             if why is not None and why not in reasons:
                 reasons.append(why)
             cells.append("✓" if why is None else f"[{reasons.index(why) + 1}]")
-        cells += ["✓" if family.mixes else "no", "✓" if family.checkpoints else "no"]
+        cells += ["✓", "✓" if family.checkpoints else "no"]
         lines.append(f"| {family.name} | {' | '.join(cells)} |")
     notes = [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
     more = [
         "",
-        "DeBERTa computes its relative positions once for all rows with the same maps, so its rows cannot be mixed;",
-        "transformers has no activation checkpointing for ALBERT and XLNet. Experts of mixtures (Mixtral) are not adapted:",
-        "their weights are three-dimensional parameters; attention and norms are. XLNet's attention weights are raw",
-        "parameters; only its feed-forward maps are adapted. ALBERT's shared layers share their prefix, too.",
+        "transformers has no activation checkpointing for ALBERT and XLNet. ALBERT's one layer, used repeatedly, has one",
+        "prefix for all its uses. Experts of mixtures are LoRA's alone (`targets: experts`), as in peft. Houlsby's bottlenecks",
+        "in XLNet follow the feed-forward blocks only: the attention's output has no module of its own before the residual.",
     ]
     return INTRO + "\n".join([*lines, "", *notes, *more]) + "\n"
 

@@ -35,7 +35,6 @@ class Family:
     inputs: dict[str, torch.Tensor]
     generates: bool = False
     checkpoints: bool = True
-    mixes: bool = True
 
     def model(self, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
         """The same weights every time; biases and norms are not left at their initial zeros and ones."""
@@ -121,7 +120,10 @@ FAMILIES = {
         _encoder("distilbert", T.DistilBertConfig(n_layers=2, dim=32, hidden_dim=48, n_heads=4, initializer_range=0.2, **TEXT)),
         _encoder("electra", T.ElectraConfig(**BERT, embedding_size=16)),
         _encoder("albert", T.AlbertConfig(**BERT, embedding_size=16), checkpoints=False),
-        _encoder("deberta-v2", T.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"]), mixes=False),
+        _encoder("deberta-v2", T.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])),
+        _encoder("deberta-v3", T.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"],
+                                                 share_att_key=True, position_buckets=4, max_relative_positions=64,
+                                                 position_biased_input=False, norm_rel_ebd="layer_norm")),
         _encoder("xlnet", T.XLNetConfig(n_layer=2, d_model=32, d_inner=48, n_head=4, vocab_size=99,
                                         initializer_range=0.2, pad_token_id=0), checkpoints=False),
         Family(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases import Site
-from veneer.bases.weights import parameters_of, stored
-from veneer.deltas import Delta, Replace
+from veneer.bases.weights import bare, parameters_of, stored, weight_of
+from veneer.deltas import AtParameter, Delta, Replace, Stack
 from veneer.methods import Lowering, Method
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Adapter(nn.Module):
         self.task = dict(task)
         self.record: dict[str, Any] = {}
         self._shared = self._own("", shared)
-        self._at_sites = {path: self._own(path, tensors) for path, tensors in values.items()}
+        names = _names_in_files(sites)
+        self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
         self._modules_in_full: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
@@ -84,12 +85,20 @@ class Adapter(nn.Module):
     def lower(self, training: bool | None = None) -> dict[str, Delta]:
         """The deltas this adapter amounts to, by where they act; in its own mode unless told which."""
         step = Lowering(self.training if training is None else training, self.base.model)
-        plan = {
-            site.path: self.method.lower(site, {**self._shared, **self._at_sites[site.path]}, step)
-            for site in self.sites
-        }
+        plan: dict[str, Delta] = {}
+        for site in self.sites:
+            delta = self.method.lower(site, {**self._shared, **self._at_sites[site.path]}, step)
+            if (name := getattr(site, "parameter", None)) is not None:
+                delta = AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
+            where = getattr(site, "module", site.path)
+            plan[where] = Stack((plan[where], delta)) if where in plan else delta
         plan.update({path: Replace(values) for path, values in self._modules_in_full.items()})
         return plan
+
+    @property
+    def places(self) -> list[str]:
+        """Paths of the modules it acts at."""
+        return [*dict.fromkeys(getattr(site, "module", site.path) for site in self.sites), *self._modules_in_full]
 
     def parameters_at(self, path: str) -> Mapping[str, Tensor]:
         """Its parameters at one site, by the method's names for them."""
@@ -140,7 +149,8 @@ class Adapter(nn.Module):
             with torch.no_grad():
                 merged = stored(module, delta.merge_into(parameters_of(module)))
             for name, value in merged.items():
-                module._parameters[name] = nn.Parameter(value.contiguous(), requires_grad=False)
+                own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
+                module._parameters[name] = nn.Parameter(own, requires_grad=False)
         return base.model
 
     def save(self, folder: Any) -> None:
@@ -167,23 +177,39 @@ class Adapter(nn.Module):
         return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
 
     def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Register tensors under the path peft gives them: floats as parameters, integers as buffers."""
+        """Register tensors under the names peft gives them: floats as parameters, integers as buffers.
+
+        All in this one module, dots and all: a tree of modules as deep as the base's would be thousands of objects
+        an adapter, and attaching the hundredth would wait for the garbage collector.
+        """
         owned: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            *parents, leaf = (f"{PREFIX}{path}.{name}" if path else name).split(".")
-            node: nn.Module = self
-            for parent in parents:
-                if parent not in node._modules:
-                    node.add_module(parent, nn.Module())
-                node = node._modules[parent]  # type: ignore[assignment]
+            key = f"{PREFIX}{path}.{name}" if path else name
             tensor = tensor.to(self.base.device)
             if tensor.is_floating_point():
-                owned[name] = parameter = nn.Parameter(tensor)
-                node.register_parameter(leaf, parameter)
+                owned[name] = self._parameters[key] = nn.Parameter(tensor)
             else:
-                owned[name] = tensor
-                node.register_buffer(leaf, tensor)
+                owned[name] = self._buffers[key] = tensor
         return owned
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """torch takes a key with a dot for one of a child."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        own = {prefix + key for key in (*self._parameters, *self._buffers)}
+        unexpected[:] = [key for key in unexpected if key not in own]
+
+
+def _names_in_files(sites: Sequence[Any]) -> dict[str, str]:
+    """The path peft writes each site's tensors under: its own, except where peft wraps a module once a parameter."""
+    names = {site.path: site.path for site in sites}
+    experts: dict[str, list[str]] = {}
+    for site in sites:
+        if getattr(site, "count", 0):
+            experts.setdefault(site.module, []).append(site.path)
+    for module, paths in experts.items():
+        names |= {path: module + ".base_layer" * inside for inside, path in enumerate(reversed(paths))}
+    return names
 
 
 @functools.cache

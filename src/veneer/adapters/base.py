@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.execution import Execution, Plan, install
+from veneer.adapters.explicit import DisentangledHooks, RelativeHooks
 from veneer.adapters.hooks import SiteHooks
 from veneer.adapters.prefixes import AttentionHooks, PositionHooks
+from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
 from veneer.bases import Pretrained
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
@@ -101,7 +103,7 @@ class Base(Pretrained):
             self._freeze()
         self._bank().add_module(_PREFIX + name, adapter)
         self.adapters = {**self.adapters, name: adapter}
-        self._hook(values)
+        self._hook(adapter.places)
         self.train_in_full(adapter, modules or {})
         return adapter
 
@@ -111,7 +113,7 @@ class Base(Pretrained):
         Raises:
             TargetError: the adapter's method acts on one of them already.
         """
-        if clash := {site.path for site in adapter.sites} & set(modules):
+        if clash := set(adapter.places) & set(modules):
             raise TargetError(f"{', '.join(sorted(clash))} cannot be adapted and trained in full at once.")
         known = {path for path, _ in self.model.named_modules()}
         if missing := [path for path in modules if path not in known]:
@@ -134,7 +136,7 @@ class Base(Pretrained):
         if self.active == name:
             self.activate(None)
         self._execution.plan = Plan()
-        used = {path for other in self.adapters.values() for path in (*other._at_sites, *other.modules_in_full)}
+        used = {path for other in self.adapters.values() for path in other.places}
         for path in set(self._handles) - used:
             if path != "" or not self.adapters:
                 for handle in self._handles.pop(path):
@@ -176,7 +178,7 @@ class Base(Pretrained):
 
         def lower() -> Plan:
             plans = [(places[name], Plan.of(adapter.lower())) for name, adapter in chosen.items()]
-            return Plan.by_rows(plans, len(names), self.sites.row_axis)
+            return Plan.by_rows(plans, len(names), self.sites)
 
         with self._execution.acting(lower):
             yield self
@@ -234,8 +236,18 @@ class Base(Pretrained):
             if path in self._handles:
                 continue
             module = self.model.get_submodule(path)
-            hooks = AttentionHooks(path, self._execution) if path in attention else SiteHooks(path, self._execution)
-            self._handles[path] = hooks.install(module)
+            hooks: list[Any] = [self._attention_hooks(path, module)] if path in attention else []
+            if not hooks or next(module.parameters(recurse=False), None) is not None:
+                hooks.append(SiteHooks(path, self._execution))
+            self._handles[path] = [handle for each in hooks for handle in each.install(module)]
+
+    def _attention_hooks(self, path: str, module: nn.Module) -> Any:
+        """What brings a prefix into this attention module."""
+        split = self.sites.splits.get(path)
+        if split is None or not split.attention:
+            return AttentionHooks(path, self._execution, self.sites.distances(path))
+        kind = {"disentangled": DisentangledHooks, "relative": RelativeHooks}[split.attention]
+        return kind(path, self._execution)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -262,6 +274,8 @@ class Base(Pretrained):
             handles += hooks.install(encoder or self.model, self.sites.token_embedding, decoder)
         for path in self.sites.positions:
             handles += PositionHooks(path, self._execution).install(self.model.get_submodule(path))
+        for path, split in self.sites.splits.items():
+            handles += SplitHooks(path, split, self._execution).install(self.model.get_submodule(path))
         self._handles[""] = handles
 
     def _encoder_decoder(self) -> tuple[nn.Module | None, nn.Module | None]:

@@ -120,6 +120,7 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     cls = _method_class(path, config, record)
     if cls.peft_prefix != PREFIX:
         state = {_under(PREFIX, key, cls.peft_prefix): tensor for key, tensor in state.items()}
+    state = dict(cls.read(state, config))
     in_full = tuple(config.get("modules_to_save") or ())
     modules = _modules_in_full(state, in_full)
     adapter = base.attach(

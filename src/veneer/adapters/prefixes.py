@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from veneer.deltas import KeyValues
+from veneer.bases.families import stack_of
 from veneer.deltas.attention import padded
 from veneer.errors import AdapterError
 
@@ -28,9 +28,11 @@ _WRAPPED = ("sdpa", "eager")
 class AttentionHooks:
     """Marks an attention module, so that the attention function finds the plan from the module alone."""
 
-    def __init__(self, path: str, execution: Execution) -> None:
+    def __init__(self, path: str, execution: Execution, distances: nn.Module | None = None) -> None:
         self.path = path
         self.execution = execution
+        self.distances = distances
+        """What biases this attention by distance (T5)."""
 
     def install(self, module: nn.Module) -> list[Any]:
         """Register the mark; the handle removes it again."""
@@ -54,9 +56,14 @@ class PositionHooks:
             module.register_forward_hook(self.spread, with_kwargs=True),
         ]
 
+    def lengths(self) -> Tensor | None:
+        """Of the prefixes in its stack: ``[1, 1]``, or ``[rows, 1]`` where they differ; None without prefixes."""
+        lengths = self.execution.plan.prefix_lengths(stack_of(self.path))
+        return None if lengths is None else torch.tensor(lengths)[:, None]
+
     def shift(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add the lengths to the positions, wherever among the arguments they are."""
-        lengths = _lengths(self.execution)
+        lengths = self.lengths()
         if lengths is None:
             return None
         if isinstance(module, nn.Embedding) and "past_key_values_length" not in _signature(module):
@@ -71,7 +78,7 @@ class PositionHooks:
 
     def spread(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Learned positions that start at an offset, one for all rows: look up those of each row instead."""
-        lengths = _lengths(self.execution)
+        lengths = self.lengths()
         if lengths is None or lengths.numel() == 1 or "past_key_values_length" not in _signature(module):
             return None
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -95,16 +102,6 @@ def _shifted(positions: Tensor, lengths: Tensor) -> Tensor:
 
 def _signature(module: nn.Module) -> Iterable[str]:
     return inspect.signature(module.forward).parameters
-
-
-def _lengths(execution: Execution) -> Tensor | None:
-    """``[1, 1]``, or ``[rows, 1]`` where prefixes differ; None without prefixes."""
-    prefixes = next(iter(execution.plan.attention.values()), None)
-    if prefixes is None:
-        return None
-    if isinstance(prefixes, KeyValues):
-        return torch.tensor([[len(prefixes)]])
-    return torch.tensor([[len(prefix) if prefix is not None else 0] for prefix in prefixes])
 
 
 def switch_on(configs: Sequence[Any]) -> list[tuple[Any, str]]:
@@ -144,8 +141,9 @@ def _attention(name: str) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         run = _plain(module, name)
-        prefix = _prefix_of(module)
-        if prefix is None:
+        mark = _mark(module)
+        prefix = mark.execution.plan.attention.get(mark.path) if mark else None
+        if mark is None or prefix is None:
             return run(module, query, key, value, attention_mask, **kwargs)
         rows = prefix if isinstance(prefix, Sequence) else [prefix]
         keys, values, there = padded(rows, key.dtype)
@@ -153,8 +151,7 @@ def _attention(name: str) -> Callable[..., Any]:
         keys, values, there = (each.repeat_interleave(times, 0) for each in (keys, values, there))
         mask = _extended(attention_mask, there, query, key, _causal(module, kwargs))
         if (bias := kwargs.get("position_bias")) is not None:
-            # Relative position biases: a prefix is at no distance.
-            kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], keys.shape[2]), bias], -1)
+            kwargs["position_bias"] = _nearer(mark.distances, bias, keys.shape[2])
         kwargs["is_causal"] = False  # the mask says it all
         return run(module, query, torch.cat([keys, key], 2), torch.cat([values, value], 2), mask, **kwargs)
 
@@ -171,12 +168,20 @@ def _plain(module: nn.Module, name: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
 
 
-def _prefix_of(module: nn.Module) -> KeyValues | Sequence[KeyValues | None] | None:
-    for hook in module._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, AttentionHooks):
-            return owner.execution.plan.attention.get(owner.path)
-    return None
+def _mark(module: nn.Module) -> AttentionHooks | None:
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, AttentionHooks)), None)
+
+
+def _nearer(distances: Any, bias: Tensor, length: int) -> Tensor:
+    """Biases ``[1, heads, queries, keys]`` with those of a prefix, which lies right before the first key."""
+    queries, keys = bias.shape[-2:]
+    if distances is None:
+        more = bias.new_zeros(*bias.shape[:-1], length)
+    else:
+        before = length + keys - queries  # of the first query
+        more = distances.compute_bias(queries, length + keys, bias.device, before)[..., :length]
+    return torch.cat([more.to(bias.dtype), bias], -1)
 
 
 def _causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -6,22 +6,24 @@ a role.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 ATTENTION, MLP = "attention", "mlp"
 
 _ENDINGS: Mapping[str, Mapping[str, str]] = {
     ATTENTION: {
         # Llama, Mistral, Qwen, Gemma, Phi, OPT, BART, CLIP, Whisper, wav2vec 2, ViT; BERT, RoBERTa, ELECTRA, ALBERT,
-        # YOLOS; DistilBERT; DeBERTa-v2; T5
-        "q": "q_proj query q_lin query_proj SelfAttention.q EncDecAttention.q",
-        "k": "k_proj key k_lin key_proj SelfAttention.k EncDecAttention.k",
-        "v": "v_proj value v_lin value_proj SelfAttention.v EncDecAttention.v",
+        # YOLOS; DistilBERT; DeBERTa-v2; T5; XLNet
+        "q": "q_proj query q_lin query_proj SelfAttention.q EncDecAttention.q rel_attn.q",
+        "k": "k_proj key k_lin key_proj SelfAttention.k EncDecAttention.k rel_attn.k",
+        "v": "v_proj value v_lin value_proj SelfAttention.v EncDecAttention.v rel_attn.v",
         # fused: Phi-3; GPT-NeoX; GPT-2
         "qkv": "qkv_proj query_key_value c_attn",
         "o": "o_proj out_proj out_lin attention.output.dense attention.dense self_attn.dense attn.c_proj "
-        "SelfAttention.o EncDecAttention.o",
+        "SelfAttention.o EncDecAttention.o rel_attn.o",
     },
     MLP: {
         "gate": "gate_proj wi_0",
@@ -41,9 +43,56 @@ _ROLES: Mapping[str, tuple[str, str]] = {
 _BY_LENGTH = sorted(_ROLES, key=len, reverse=True)
 
 
+@dataclass(frozen=True)
+class Split:
+    """A module run again for each group of rows whose adapters differ, because rows can't be mixed inside it.
+
+    Attributes:
+        inputs: axis of the rows in each of the module's arguments that has one, by name.
+        output: axis of the rows in its outputs.
+        attention: how keys and values can be added, if it is an attention: ``disentangled`` or ``relative``.
+        shared: the child used once for all rows; the module is split only for adapters that act there. Empty: for all.
+    """
+
+    inputs: Mapping[str, int]
+    output: int
+    attention: str = ""
+    shared: str = ""
+
+
+_SPLITS = {
+    # works on relative positions once for all rows
+    "DisentangledSelfAttention": Split({"hidden_states": 0, "attention_mask": 0, "query_states": 0}, 0, "disentangled"),
+    "DebertaV2Encoder": Split({"hidden_states": 0, "attention_mask": 0, "query_states": 0}, 0, shared="LayerNorm"),
+    # keeps its maps as bare parameters, and positions before rows
+    "XLNetRelativeAttention": Split(
+        {"h": 1, "g": 1, "attn_mask_h": 2, "attn_mask_g": 2, "r": 1, "seg_mat": 2, "mems": 1, "target_mapping": 2},
+        1,
+        "relative",
+    ),
+}
+_BARE = {"XLNetRelativeAttention": {"q": True, "k": True, "v": True, "o": False, "r": True}}
+
+
+def split_of(module: object) -> Split | None:
+    """How to split the rows of this attention module, if they can't be mixed inside it."""
+    return _SPLITS.get(type(module).__name__)
+
+
+def bare_maps(module: object) -> Mapping[str, bool]:
+    """Parameters ``[in, heads, width]`` or ``[out, heads, width]`` that are linear maps: whether input comes first."""
+    return _BARE.get(type(module).__name__, {})
+
+
 def is_cross_attention(path: str) -> bool:
     """Whether a part of a decoder attends to the encoder."""
-    return "EncDecAttention." in path or "encoder_attn." in path
+    return "EncDecAttention." in f"{path}." or "encoder_attn." in f"{path}."
+
+
+def stack_of(path: str) -> str:
+    """The encoder or decoder a module lies in, by path with a dot; empty outside both."""
+    found = re.match(r"(?:.*?\.)??(?:encoder|decoder)\.", path)
+    return found[0] if found else ""
 
 
 def runs_through_interface(attention: object) -> bool:

@@ -8,18 +8,29 @@ role, and can be picked by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
-from veneer.bases.families import branch_output, counts_positions, is_cross_attention, role_of, runs_through_interface
+from veneer.bases.families import (
+    Split,
+    bare_maps,
+    branch_output,
+    counts_positions,
+    is_cross_attention,
+    role_of,
+    runs_through_interface,
+    split_of,
+    stack_of,
+)
 from veneer.bases.weights import is_transposed, parameters_of
 from veneer.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embedding"
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -27,15 +38,18 @@ class Site:
     """One place where a delta can act.
 
     Attributes:
-        path: the module's dotted path in the model.
+        path: the module's dotted path in the model; of a map kept as a bare parameter, the parameter's.
         in_features: width of its input (of an embedding: the vocabulary; of a convolution: its channels).
         out_features: width of its output.
-        kind: ``linear``, ``embedding``, ``conv`` or ``norm``.
+        kind: ``linear``, ``embedding``, ``conv``, ``norm`` or ``experts`` (a stack of linear maps).
         role: the field's short name for it (``q k v o gate up down``), or None if nobody listed it.
         group: ``attention`` or ``mlp``, or None.
         layer: index of the layer it lies in, or None outside the layers.
         bias: whether it has a bias.
         kernel: of a convolution.
+        parameter: name of the parameter, where the module keeps the map as a bare one.
+        transposed: whether such a parameter has its input before its output axis.
+        count: of experts.
     """
 
     path: str
@@ -47,6 +61,27 @@ class Site:
     layer: int | None = None
     bias: bool = False
     kernel: tuple[int, ...] = ()
+    parameter: str | None = None
+    transposed: bool = False
+    count: int = 0
+
+    @property
+    def module(self) -> str:
+        """Path of the module it belongs to: its own, or that of the one with the parameter."""
+        return self.path if self.parameter is None else self.path.removesuffix("." + self.parameter)
+
+    def answers_to(self, word: str) -> bool:
+        """Whether a role, a group, a name (or the end of its path) or a ``/regular expression/`` picks it.
+
+        Raises:
+            TargetError: the expression is none.
+        """
+        if not _is_expression(word):
+            return word in (self.role, self.group) or ("." + self.path).endswith("." + word)
+        try:
+            return re.search(word[1:-1], self.path) is not None
+        except re.error as error:
+            raise TargetError(f"Target {word} is no regular expression: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -59,6 +94,7 @@ class AttentionSite:
         head_width: of each.
         layer: index of its layer.
         index: its place among all attention layers.
+        part: ``encoder``, ``decoder`` or ``cross`` in an encoder-decoder, else None.
     """
 
     path: str
@@ -66,8 +102,15 @@ class AttentionSite:
     head_width: int
     layer: int | None
     index: int
+    part: str | None = None
 
 
+def _is_expression(word: str) -> bool:
+    return len(word) > 2 and word.startswith("/") and word.endswith("/")
+
+
+_EXPERTS = Split({"hidden_states": 0, "top_k_index": 0, "top_k_weights": 0}, 0)
+_MAPS = ("linear", EXPERTS)
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -81,14 +124,14 @@ class SiteMap(Sequence[Site]):
         self._modules = dict(model.named_modules())
         self._model = model
         self.token_embedding = _input_embedding(model)
-        found = (_site(path, module) for path, module in self._modules.items() if path and id(module) not in skip)
-        self._everything = [site for site in found if site is not None]
+        inside = {path: module for path, module in self._modules.items() if path and id(module) not in skip}
+        self._everything = [site for path, module in inside.items() for site in _sites(path, module)]
         self._sites = [site for site in self._everything if site.kind == "linear"]
         self._by_path = {site.path: site for site in self._everything}
 
     @property
     def everything(self) -> Sequence[Site]:
-        """All sites with parameters of their own: linear maps, embeddings, convolutions and norms."""
+        """All sites with parameters of their own: linear maps, experts, embeddings, convolutions and norms."""
         return self._everything
 
     @cached_property
@@ -101,19 +144,25 @@ class SiteMap(Sequence[Site]):
             path = site.path.rpartition(".")[0]
             module = self._modules[path]
             width = next((getattr(module, name) for name in _HEAD_WIDTHS if hasattr(module, name)), None)
-            if width is None or not runs_through_interface(module):
+            if width is None or not (runs_through_interface(module) or getattr(split_of(module), "attention", "")):
                 continue
             keys = site.out_features if site.role == "k" else _fused_keys(module, site, width)
-            found.append(AttentionSite(path, keys // width, width, site.layer, len(found)))
+            found.append(AttentionSite(path, keys // width, width, site.layer, len(found), self._part(path)))
         return found
 
     def branches(self, group: str) -> Sequence[Site]:
         """The outputs of residual branches (self-``attention`` or ``mlp``), before the residual is added."""
         last = {"attention": "o", "mlp": "down"}[group]
-        return [
+        found = [
             replace(site, path=branch_output(site.path, self._modules), in_features=site.out_features, kind="branch")
             for site in self._sites
-            if site.role == last and not is_cross_attention(site.path)
+            if site.role == last and site.parameter is None and not is_cross_attention(site.path)
+        ]
+        blocks = {site.module.rpartition(".")[0]: site for site in self._everything if site.kind == EXPERTS}
+        return found + [
+            Site(path, site.out_features, site.out_features, "branch", None, group, site.layer)
+            for path, site in blocks.items()
+            if group == "mlp"
         ]
 
     @property
@@ -138,6 +187,25 @@ class SiteMap(Sequence[Site]):
             if "RotaryEmbedding" in type(module).__name__ or _counts_positions(path, module)
         ]
 
+    @cached_property
+    def splits(self) -> Mapping[str, Split]:
+        """The modules whose rows are run apart where their adapters differ, by path."""
+        found = {path: split for path, module in self._modules.items() if (split := split_of(module)) is not None}
+        return found | {site.module: _EXPERTS for site in self._everything if site.kind == EXPERTS}
+
+    def distances(self, path: str) -> nn.Module | None:
+        """The module that biases attention at ``path`` by distance, where the layers of a stack share one."""
+        stack = stack_of(path)
+        if is_cross_attention(path):
+            return None
+        found = (module for at, module in self._modules.items() if stack_of(at) == stack)
+        return next((module for module in found if getattr(module, "has_relative_attention_bias", False)), None)
+
+    def _part(self, path: str) -> str | None:
+        if not getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            return None
+        return "cross" if is_cross_attention(path) else "decoder" if "decoder" in stack_of(path) else "encoder"
+
     def row_axis(self, path: str) -> int:
         """Which axis of the module's input is the batch."""
         return 1 if "rel_attn" in path or ".ff.layer_" in path else 0  # XLNet has the positions first
@@ -157,7 +225,7 @@ class SiteMap(Sequence[Site]):
         """The sites that ``targets`` pick, in the model's order.
 
         A target is ``all-linear`` (every linear map inside the layers; in a model without layers, every one), a
-        group (``attention``, ``mlp``), a role (``q``, ``up`` …), or a module's path or the end of one
+        group (``attention``, ``mlp``, ``experts``), a role (``q``, ``up`` …), or a module's path or the end of one
         (``q_proj``, ``attention.self.query``), or a regular expression between slashes (``/layers\\.[02]\\./``) to be
         found in the path. What ``exclude`` picks is left out, and so is what lies outside the slice ``layers``.
 
@@ -201,40 +269,33 @@ class SiteMap(Sequence[Site]):
         """The words that pick something here: groups, roles and the last parts of module names."""
         found: dict[str, None] = {ALL_LINEAR: None} if self._sites else {}
         for kind in ("group", "role"):
-            found.update({getattr(site, kind): None for site in self._sites if getattr(site, kind)})
-        found.update({site.path.rpartition(".")[2]: None for site in self._sites})
+            found.update({getattr(site, kind): None for site in self._everything if getattr(site, kind)})
+        found.update({site.path.rpartition(".")[2]: None for site in self._everything if site.kind in _MAPS})
         return list(found)
 
     def shortest_names(self, sites: Sequence[Site]) -> list[str]:
         """The shortest endings of module paths that pick exactly these sites among all modules of the model."""
         wanted = {site.path for site in sites}
+        bare = [site.path for site in self._everything if site.parameter is not None]
         depth = max((path.count(".") + 1 for path in wanted), default=0)
         for parts in range(1, depth):
             names = {".".join(path.split(".")[-parts:]) for path in wanted}
             endings = tuple("." + name for name in names)
-            if {path for path in self._modules if path and ("." + path).endswith(endings)} == wanted:
+            if {path for path in (*self._modules, *bare) if path and ("." + path).endswith(endings)} == wanted:
                 return sorted(names)
         return sorted(wanted)
 
     def _matches(self, target: str) -> list[str]:
         if target in self._by_path:
             return [target]
-        if len(target) > 2 and target.startswith("/") and target.endswith("/"):
-            try:
-                pattern = re.compile(target[1:-1])
-            except re.error as error:
-                raise TargetError(f"Target {target} is no regular expression: {error}.") from error
-            return [site.path for site in self._everything if pattern.search(site.path)]
+        if _is_expression(target):
+            return [site.path for site in self._everything if site.answers_to(target)]
         if target == ALL_LINEAR:
             inside = [site.path for site in self._sites if site.layer is not None]
             return inside or [site.path for site in self._sites]
-        named = [
-            site.path
-            for site in self._sites
-            if target in (site.role, site.group) or ("." + site.path).endswith("." + target)
-        ]
-        # Embeddings and convolutions are picked by name only.
-        return named or [site.path for site in self._everything if ("." + site.path).endswith("." + target)]
+        named = [site.path for site in self._sites if site.answers_to(target)]
+        # Embeddings and convolutions are picked by name only, experts by theirs and as a group.
+        return named or [site.path for site in self._everything if site.answers_to(target)]
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:
@@ -253,7 +314,7 @@ def _counts_positions(path: str, module: nn.Module) -> bool:
     )
 
 
-_HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "attention_head_dim")
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "attention_head_dim", "d_head")
 
 
 def _fused_keys(module: nn.Module, site: Site, width: int) -> int:
@@ -263,25 +324,47 @@ def _fused_keys(module: nn.Module, site: Site, width: int) -> int:
     return heads // (groups + 2) * width
 
 
-def _site(path: str, module: nn.Module) -> Site | None:
+def _sites(path: str, module: nn.Module) -> Iterator[Site]:
+    """What can be adapted of this very module."""
     layer_match = _LAYER.search(path)
     layer = int(layer_match[1]) if layer_match else None
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear) or is_transposed(module):
         weight = parameters_of(module)["weight"]
         role, group = role_of(path)
-        return Site(path, weight.shape[1], weight.shape[0], "linear", role, group, layer, bias)
-    if isinstance(module, nn.Embedding):
-        return Site(path, module.num_embeddings, module.embedding_dim, EMBEDDING, None, None, layer)
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        yield Site(path, weight.shape[1], weight.shape[0], "linear", role, group, layer, bias)
+    elif isinstance(module, nn.Embedding):
+        yield Site(path, module.num_embeddings, module.embedding_dim, EMBEDDING, None, None, layer)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
         kernel = tuple(module.kernel_size)
         channels = module.in_channels // module.groups
-        return Site(path, channels, module.out_channels, "conv", None, None, layer, bias, kernel)
-    scale = module._parameters.get("weight")
-    # Norms over the last axis only: those over channels come before it.
-    if scale is not None and scale.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
-        return Site(path, len(scale), len(scale), "norm", None, None, layer, bias)
-    return None
+        yield Site(path, channels, module.out_channels, "conv", None, None, layer, bias, kernel)
+    elif (scale := module._parameters.get("weight")) is not None:
+        # Norms over the last axis only: those over channels come before it.
+        if scale.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
+            yield Site(path, len(scale), len(scale), "norm", None, None, layer, bias)
+    else:
+        yield from _bare(path, module, layer)
+
+
+def _bare(path: str, module: nn.Module, layer: int | None) -> Iterator[Site]:
+    """Linear maps that the module keeps as parameters of its own."""
+    for name, transposed in bare_maps(module).items():
+        shape = module._parameters[name].flatten(1).shape  # type: ignore[union-attr]
+        width = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+        role, group = role_of(f"{path}.{name}")
+        yield Site(
+            f"{path}.{name}", width[0], width[1], "linear", role, group, layer, parameter=name, transposed=transposed
+        )
+    if type(module).__name__.endswith("Experts"):
+        transposed = bool(getattr(module, "is_transposed", False))
+        for name, value in module._parameters.items():
+            if value is not None and value.dim() == 3:
+                width = (value.shape[1], value.shape[2]) if transposed else (value.shape[2], value.shape[1])
+                yield Site(
+                    f"{path}.{name}", width[0], width[1], EXPERTS, None, EXPERTS, layer,
+                    parameter=name, transposed=transposed, count=len(value),
+                )  # fmt: skip
 
 
 def backbone(model: nn.Module) -> nn.Module:

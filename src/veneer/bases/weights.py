@@ -1,10 +1,17 @@
-"""Weights the right way round: deltas know ``[out, in]``; GPT-2's ``Conv1D`` stores ``[in, out]``."""
+"""Weights the right way round: deltas know ``[out, in]``; GPT-2's ``Conv1D`` stores ``[in, out]``.
+
+Maps kept as bare parameters differ more: XLNet's have an axis for the heads, those of experts one for the experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from veneer.bases.sites import Site
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -23,3 +30,20 @@ def stored(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     if is_transposed(module) and "weight" in values:
         return {**values, "weight": values["weight"].mT}
     return dict(values)
+
+
+def weight_of(site: Site, value: Tensor) -> Tensor:
+    """The value of a bare parameter as the weight ``[out, in]``, of experts ``[experts, out, in]``."""
+    matrix = value if site.count else value.flatten(1)
+    return matrix.mT if site.transposed else matrix
+
+
+def bare(site: Site, weight: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `weight_of`, in the shape of ``like``."""
+    return (weight.mT if site.transposed else weight).reshape(like.shape)
+
+
+def parameters_at(model: nn.Module, site: Site) -> dict[str, Tensor]:
+    """The base's own parameters at a site by name, weights as ``[…, out, in]``."""
+    found = parameters_of(model.get_submodule(site.module))
+    return found if site.parameter is None else {"weight": weight_of(site, found[site.parameter])}

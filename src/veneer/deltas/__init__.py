@@ -6,12 +6,13 @@ from veneer.deltas.bottleneck import Bottleneck
 from veneer.deltas.composed import Fusion, Gate, Stack
 from veneer.deltas.kron import Kron
 from veneer.deltas.low_rank import ConvLowRank, EmbeddingLowRank, LowRank
-from veneer.deltas.of_weight import OfWeight, Param, Replace, Sparse
+from veneer.deltas.of_weight import AtParameter, OfWeight, Param, Replace, Sparse
 from veneer.deltas.rotate import Rotate
 from veneer.deltas.rows import Rows
 from veneer.deltas.scale import Bias, InputScale, Scale
 
 __all__ = [
-    "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Fusion", "Gate", "InputScale", "KeyValues",
-    "Kron", "LowRank", "OfWeight", "Param", "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack", "Tokens",
+    "AtParameter", "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Fusion", "Gate", "InputScale",
+    "KeyValues", "Kron", "LowRank", "OfWeight", "Param", "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack",
+    "Tokens",
 ]  # fmt: skip

@@ -35,16 +35,29 @@ class Delta:
         """The module's new output, given its input ``x`` ``[..., in]`` and its own output ``y`` ``[..., out]``."""
         return y
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New values of the module's parameters with which it alone computes what the two do together.
 
-        Computed in at least float32 and rounded once, to the parameter's own dtype. The given tensors stay as
-        they are.
+        Differentiable; only what changes, unrounded. A weight may have axes before its last two, one map each.
 
         Raises:
             AdapterError: this form cannot be expressed in the module's parameters.
         """
         raise AdapterError(f"{type(self).__name__} cannot be merged: no weights of the module alone do what it does.")
+
+    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`changed`, computed in at least float32 and rounded once to the parameters' own dtypes; no gradient.
+
+        Raises:
+            AdapterError: this form cannot be expressed in the module's parameters.
+        """
+        import torch
+
+        with torch.no_grad():
+            wide = {
+                name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in parameters.items()
+            }
+            return {name: value.to(parameters[name].dtype) for name, value in self.changed(wide).items()}
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
@@ -70,17 +83,6 @@ class Delta:
     def flops_per_token(self) -> int:
         """Floating-point operations it adds for one token, a multiply-add counted as two."""
         return 0
-
-
-def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in their common dtype, at least float32: what merging computes in."""
-    import torch
-
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    device = tensors[0].device
-    return tuple(tensor.detach().to(device, dtype) for tensor in tensors)
 
 
 def per_row(values: Sequence[Tensor], which: Tensor, ndim: int) -> Tensor:

@@ -33,10 +33,10 @@ class Stack(Delta):
 
     def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Each on what the ones before it made."""
-        changed: dict[str, Tensor] = {}
+        new: dict[str, Tensor] = {}
         for delta in self.deltas:
-            changed |= delta.effective({**parameters, **changed})
-        return changed
+            new |= delta.effective({**parameters, **new})
+        return new
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """All, in order."""
@@ -44,12 +44,12 @@ class Stack(Delta):
             y = delta.apply(x, y)
         return y
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All, in order."""
-        merged: dict[str, Tensor] = {}
+        new: dict[str, Tensor] = {}
         for delta in self.deltas:
-            merged |= delta.merge_into({**parameters, **merged})
-        return merged
+            new |= delta.changed({**parameters, **new})
+        return new
 
     @property
     def swaps(self) -> bool:

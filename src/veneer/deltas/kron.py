@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.deltas.base import Delta, widest
+from veneer.deltas.base import Delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +39,10 @@ class Kron(Delta):
             inner = inner @ factor.to(x.dtype).mT
         return y + inner.flatten(-2)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W + s C ⊗ M}``."""
-        weight, c, *factors = widest(parameters["weight"], self.C, *self.factors)
-        m = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
-        return {"weight": (weight + self.scale * torch.kron(c, m)).to(parameters["weight"].dtype)}
+        m = self.factors[0] if len(self.factors) == 1 else self.factors[0] @ self.factors[1]
+        return {"weight": parameters["weight"] + self.scale * torch.kron(self.C, m)}
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.deltas.base import Delta, widest
+from veneer.deltas.base import Delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class LowRank(Delta):
     """``y += scale · (dropout(x) Aᵀ) Bᵀ``.
 
     Args:
-        A: ``[r, in]``.
-        B: ``[out, r]``.
+        A: ``[r, in]``; of a stack of maps, which only `changed` knows, ``[maps, r, in]``.
+        B: ``[out, r]``, or ``[maps, out, r]``.
         scale: the factor s.
         dropout: probability with which an input feature is zeroed, the rest scaled up; 0 outside training.
     """
@@ -43,12 +43,10 @@ class LowRank(Delta):
         # The scale goes onto [.., r], which is far smaller than [.., out].
         return y + self._expand(self._project(x, y.dtype) * self.scale)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W + s B A}``."""
         weight = parameters["weight"]
-        wide, a, b = widest(weight, self.A, self.B)
-        change = self.scale * (b.flatten(1) @ a.flatten(1))
-        return {"weight": (wide + self._shaped(change, wide)).to(weight.dtype)}
+        return {"weight": weight + self.scale * self._product(weight)}
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
@@ -71,9 +69,9 @@ class LowRank(Delta):
     def _expand(self, inner: Tensor) -> Tensor:
         return F.linear(inner, self.B.to(inner.dtype))
 
-    @staticmethod
-    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
-        return change
+    def _product(self, weight: Tensor) -> Tensor:
+        """B A, in the shape of the weight."""
+        return self.B @ self.A
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +95,8 @@ class EmbeddingLowRank(LowRank):
     def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(x, self.A.mT.to(dtype))
 
-    @staticmethod
-    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
-        return change.mT
+    def _product(self, weight: Tensor) -> Tensor:
+        return (self.B @ self.A).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +115,5 @@ class ConvLowRank(LowRank):
     def _expand(self, inner: Tensor) -> Tensor:
         return torch.einsum("or,nr...->no...", self.B.flatten(1).to(inner.dtype), inner)
 
-    @staticmethod
-    def _shaped(change: Tensor, weight: Tensor) -> Tensor:
-        return change.view_as(weight)
+    def _product(self, weight: Tensor) -> Tensor:
+        return (self.B.flatten(1) @ self.A.flatten(1)).view_as(weight)

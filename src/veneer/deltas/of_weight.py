@@ -4,6 +4,7 @@
     OfWeight     W ← f(W)                  a function of the weight (HiRA, shared-bank methods)
     Sparse       W ← W + ΔW                ΔW zero but for chosen entries: y += x ΔWᵀ
     Replace      w ← v                     parameters of the adapter's own: a task's head; shapes may differ
+    AtParameter  p ← δ's change of p       p a linear map kept as a bare parameter: experts, XLNet's attention
 
 Exact, and each merges by definition. The changed weight lives for the call alone; what is stored per adapter is δ, the
 entries, or what f closes over.
@@ -16,26 +17,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from veneer.deltas.base import Delta, widest
+from veneer.deltas.base import Delta
+
+
+class Swapped(Delta):
+    """Any form that acts by the module's running on what `changed` gives."""
+
+    def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The changed parameters, rounded once to the dtypes of those whose place they take."""
+        return {name: value.to(parameters[name].dtype) for name, value in self.changed(parameters).items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Param(Delta):
+class Param(Swapped):
     """The module runs on ``w + δ`` for each named parameter."""
 
     deltas: Mapping[str, Tensor]
 
-    def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The sums, rounded once to the parameters' dtypes."""
-        return {name: (parameters[name] + delta).to(parameters[name].dtype) for name, delta in self.deltas.items()}
-
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums."""
-        merged = {}
-        for name, delta in self.deltas.items():
-            w, d = widest(parameters[name], delta)
-            merged[name] = (w + d).to(parameters[name].dtype)
-        return merged
+        return {name: parameters[name] + delta for name, delta in self.deltas.items()}
 
     @property
     def nbytes(self) -> int:
@@ -44,21 +45,15 @@ class Param(Delta):
 
 
 @dataclass(frozen=True, eq=False)
-class OfWeight(Delta):
+class OfWeight(Swapped):
     """The module runs on ``f(W)``; ``held`` are the bytes f closes over."""
 
     f: Callable[[Tensor], Tensor]
     held: int = 0
 
-    def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """f of the weight."""
-        weight = parameters["weight"]
-        return {"weight": self.f(weight).to(weight.dtype)}
-
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """f of the weight, computed wide."""
-        (weight,) = widest(parameters["weight"])
-        return {"weight": self.f(weight).detach().to(parameters["weight"].dtype)}
+        return {"weight": self.f(parameters["weight"])}
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +62,7 @@ class OfWeight(Delta):
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse(Delta):
+class Sparse(Swapped):
     """``W[rows, columns] += values``.
 
     Args:
@@ -80,19 +75,10 @@ class Sparse(Delta):
     columns: Tensor
     values: Tensor
 
-    def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weight with the entries added."""
-        weight = parameters["weight"]
-        return {"weight": self._added(weight)}
-
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same, computed wide."""
-        (weight,) = widest(parameters["weight"])
-        return {"weight": self._added(weight).detach().to(parameters["weight"].dtype)}
-
-    def _added(self, weight: Tensor) -> Tensor:
-        index = (self.rows.long(), self.columns.long())
-        return weight.index_put(index, self.values.to(weight.dtype), accumulate=True)
+        weight, index = parameters["weight"], (self.rows.long(), self.columns.long())
+        return {"weight": weight.index_put(index, self.values.to(weight.dtype), accumulate=True)}
 
     @property
     def flops_per_token(self) -> int:
@@ -101,20 +87,48 @@ class Sparse(Delta):
 
 
 @dataclass(frozen=True, eq=False)
-class Replace(Delta):
+class Replace(Swapped):
     """The module runs on ``values`` (by parameter name) in place of its own parameters."""
 
     values: Mapping[str, Tensor]
 
-    def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values, in the dtypes of the parameters whose place they take."""
-        return {name: value.to(parameters[name].dtype) for name, value in self.values.items()}
-
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values themselves."""
-        return {name: value.detach().to(parameters[name].dtype).clone() for name, value in self.values.items()}
+        return dict(self.values)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
         return sum(value.nbytes for value in self.values.values())
+
+
+@dataclass(frozen=True, eq=False)
+class AtParameter(Swapped):
+    """``delta`` acts on a linear map that the module keeps as a parameter called ``name``.
+
+    Args:
+        name: of the parameter.
+        delta: any form that merges into a weight.
+        weight: the parameter's value as the weight ``[…, out, in]`` the delta knows.
+        stored: such a weight, and the parameter whose place it takes -> its value as the module stores it.
+    """
+
+    name: str
+    delta: Delta
+    weight: Callable[[Tensor], Tensor]
+    stored: Callable[[Tensor, Tensor], Tensor]
+
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameter with the delta's change."""
+        own = parameters[self.name]
+        return {self.name: self.stored(self.delta.changed({"weight": self.weight(own)})["weight"], own)}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the delta."""
+        return self.delta.nbytes
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of the delta, were it run apart."""
+        return self.delta.flops_per_token

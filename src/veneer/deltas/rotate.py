@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.deltas.base import Delta, widest
+from veneer.deltas.base import Delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,20 +24,20 @@ class Rotate(Delta):
     R: Tensor
 
     def before(self, x: Tensor) -> Tensor:
-        """Rotate."""
-        return self._rotated(x, self.R.to(x.dtype))
+        """Rotate, as ``x + x (R − I)``: near the identity bf16 would keep three digits of R, but as many of R − I."""
+        k, b, _ = self.R.shape
+        identity = torch.eye(b, dtype=self.R.dtype, device=self.R.device)
+        blocks = x.reshape(-1, k, b).transpose(0, 1)
+        return torch.baddbmm(blocks, blocks, (self.R - identity).to(x.dtype)).transpose(0, 1).reshape(x.shape)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W blockdiag(R)ᵀ}``."""
-        weight, rotation = widest(parameters["weight"], self.R)
-        return {"weight": self._rotated(weight, rotation.mT).to(parameters["weight"].dtype)}
+        weight = parameters["weight"]
+        dtype = torch.promote_types(weight.dtype, self.R.dtype)
+        blocks = weight.to(dtype).unflatten(-1, self.R.shape[:2])
+        return {"weight": torch.einsum("...kb,kcb->...kc", blocks, self.R.to(dtype)).flatten(-2)}
 
     @property
     def flops_per_token(self) -> int:
         """``2 · in · b``."""
         return 2 * self.R.numel()
-
-    @staticmethod
-    def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
-        blocks = x.unflatten(-1, rotation.shape[:2])
-        return torch.einsum("...kb,kbc->...kc", blocks, rotation).flatten(-2)

@@ -78,7 +78,7 @@ class Rows(Delta):
             forms.setdefault(type(delta), []).append((rows, delta))
         result: list[tuple[Tensor, Delta]] = []
         for form, groups in forms.items():
-            indices = [_repeated(rows, times, device) for rows, _ in groups]
+            indices = [repeated(rows, times, device) for rows, _ in groups]
             if len(groups) > 1:
                 which = torch.cat([torch.full_like(index, n) for n, index in enumerate(indices)])
                 together = form.mixed([delta for _, delta in groups], which)
@@ -89,6 +89,7 @@ class Rows(Delta):
         return result
 
 
-def _repeated(rows: Sequence[int], times: int, device: torch.device) -> Tensor:
+def repeated(rows: Sequence[int], times: int, device: torch.device) -> Tensor:
+    """Indices of these rows where each row of the batch comes ``times`` times in a run."""
     index = torch.tensor(rows, device=device)
     return (index[:, None] * times + torch.arange(times, device=device)).flatten() if times > 1 else index

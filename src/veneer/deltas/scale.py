@@ -4,6 +4,8 @@ output side    y ← v ⊙ y                 scales the bias, too (IA3, Liu et a
                y ← v ⊙ (y − b) + b        leaves the bias b as it is (DoRA's magnitude, Liu et al. 2024, §4)
 input side     x ← v ⊙ x
 bias           y ← y + b
+
+Scales are near one, where bf16 has three digits: the products are computed in the wider dtype and rounded once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Self
 
 from torch import Tensor
 
-from veneer.deltas.base import Delta, per_row, widest
+from veneer.deltas.base import Delta, per_row
 from veneer.errors import AdapterError
 
 
@@ -27,17 +29,16 @@ class Scale(Delta):
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """Scale."""
-        v = self.v.to(y.dtype)
-        return y * v if self.bias is None else (y - self.bias) * v + self.bias
+        scaled = y * self.v if self.bias is None else (y - self.bias) * self.v + self.bias
+        return scaled.to(y.dtype)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": diag(v) W, "bias": v ⊙ b}``, the bias only if it is scaled."""
-        weight, v = widest(parameters["weight"], self.v)
-        merged = {"weight": (weight * v.view(-1, *[1] * (weight.dim() - 1))).to(parameters["weight"].dtype)}
+        weight = parameters["weight"]
+        new = {"weight": weight * self.v.view(-1, *[1] * (weight.dim() - 1))}
         if "bias" in parameters and self.bias is None:
-            bias, v = widest(parameters["bias"], self.v)
-            merged["bias"] = (bias * v).to(parameters["bias"].dtype)
-        return merged
+            new["bias"] = parameters["bias"] * self.v
+        return new
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
@@ -60,12 +61,11 @@ class InputScale(Delta):
 
     def before(self, x: Tensor) -> Tensor:
         """Scale."""
-        return x * self.v.to(x.dtype)
+        return (x * self.v).to(x.dtype)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W diag(v)}``."""
-        weight, v = widest(parameters["weight"], self.v)
-        return {"weight": (weight * v).to(parameters["weight"].dtype)}
+        return {"weight": parameters["weight"] * self.v}
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
@@ -88,7 +88,7 @@ class Bias(Delta):
         """Add."""
         return y + self.b.to(y.dtype)
 
-    def merge_into(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"bias": bias + b}``.
 
         Raises:
@@ -96,8 +96,7 @@ class Bias(Delta):
         """
         if "bias" not in parameters:
             raise AdapterError("A bias cannot be merged into a module that has none.")
-        bias, b = widest(parameters["bias"], self.b)
-        return {"bias": (bias + b).to(parameters["bias"].dtype)}
+        return {"bias": parameters["bias"] + self.b}
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
@@ -116,7 +115,7 @@ class _ScaleRows(Delta):
     which: Tensor
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        return y * per_row(self.v, self.which, y.dim()).to(y.dtype)
+        return (y * per_row(self.v, self.which, y.dim())).to(y.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +124,7 @@ class _InputScaleRows(Delta):
     which: Tensor
 
     def before(self, x: Tensor) -> Tensor:
-        return x * per_row(self.v, self.which, x.dim()).to(x.dtype)
+        return (x * per_row(self.v, self.which, x.dim())).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.weights import parameters_of
+from veneer.bases.weights import parameters_at
 from veneer.deltas import Delta
 from veneer.errors import ConfigError, did_you_mean
 
@@ -30,8 +30,8 @@ class Lowering:
     model: nn.Module
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
-        """The base's own parameters at a site, weights as ``[out, in]``."""
-        return parameters_of(self.model.get_submodule(site.path))
+        """The base's own parameters at a site, weights as ``[…, out, in]``."""
+        return parameters_at(self.model, site)
 
 
 class Method(BaseModel):
@@ -97,6 +97,11 @@ class Method(BaseModel):
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""
         ours = {name: theirs for theirs, name in self.peft_names.items()}
         return {ours.get(key, key): value for key, value in self.model_dump(mode="json").items()}
+
+    @classmethod
+    def read(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The tensors of a file peft wrote that this method has use for: all, unless peft keeps more than it uses."""
+        return state
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:

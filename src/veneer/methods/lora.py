@@ -3,7 +3,8 @@
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ,     s = α / r, or α / √r when rank-stabilised (Kalajdzievski 2023)
 
 A is Kaiming-uniform(√5), as in the authors' code; B is zero, so the adapted model starts out bit-equal to the
-base. Trained and stored: r · (in + out) numbers a site. Merges into the weight.
+base. Trained and stored: r · (in + out) numbers a site, in a stack of experts as many for each. With `bias`, B has
+one: y += s · b. Merges into the weight.
 
 Use it first: it learns well on all linear layers at about ten times full fine-tuning's learning rate, costs
 nothing once merged, and every server reads it. Prefer a smaller method where thousands of adapters must be kept
@@ -13,31 +14,28 @@ or only some dozen rows are there to learn from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import EMBEDDING
-from veneer.deltas import ConvLowRank, EmbeddingLowRank, LowRank
-from veneer.errors import AdapterFileError, TargetError
+from veneer.bases.sites import EMBEDDING, EXPERTS
+from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
+from veneer.errors import AdapterFileError, TargetError, did_you_mean
 from veneer.methods.base import Lowering
 from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
 _NOT_READ = (
     "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "layer_replication",
     "use_qalora",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
 )
 
@@ -60,7 +58,11 @@ class LoRA(Targeted):
         "lora_dropout": "dropout",
         "target_modules": "targets",
         "use_rslora": "rank_stabilized",
+        "lora_bias": "bias",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
     }
+    kinds: ClassVar[Collection[str]] = ("linear", EMBEDDING, "conv", EXPERTS)
 
     rank: int = Field(16, ge=1)
     """Rank r of the update."""
@@ -70,56 +72,105 @@ class LoRA(Targeted):
     """Probability of zeroing an input feature of A in training."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead, so that large ranks learn as fast."""
+    bias: bool = False
+    """Give B a bias."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks for some of the targets, by the words that pick them: {down: 64, "/layers.0./": 4}; the first that
+    picks a map counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other values of alpha, likewise."""
 
-    @property
-    def scale(self) -> float:
-        """The factor s of the update."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+    def rank_at(self, site: Site) -> int:
+        """Its rank at a site."""
+        return next((rank for word, rank in self.rank_pattern.items() if site.answers_to(word)), self.rank)
+
+    def scale_at(self, site: Site) -> float:
+        """The factor s of the update at a site."""
+        rank = self.rank_at(site)
+        return self._alpha_at(site) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def _alpha_at(self, site: Site) -> float:
+        return next((alpha for word, alpha in self.alpha_pattern.items() if site.answers_to(word)), self.alpha)
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:
         """The maps that `targets` pick.
 
         Raises:
-            TargetError: the rank is more than any of them can have.
+            TargetError: a rank is more than any of its maps can have; a pattern picks none of the maps; dropout or a
+                bias is asked for where there can be none.
         """
         found = super().sites(sites)
-        if self.rank > (most := max(min(site.in_features, site.out_features) for site in found)):
+        for rank in {self.rank_at(site) for site in found}:
+            most = max(min(site.in_features, site.out_features) for site in found if self.rank_at(site) == rank)
+            if rank > most:
+                raise TargetError(f"rank {rank} is more than these maps can have, which is {most}; LoRA uses 4 to 128.")
+        for word in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(site.answers_to(word) for site in found):
+                raise TargetError(f"The pattern {word!r} picks none of the targets.{did_you_mean(word, sites.words())}")
+        bare = [site.path for site in found if site.parameter is not None]
+        if self.dropout and bare:
             raise TargetError(
-                f"rank {self.rank} is more than these maps can have, which is {most}; LoRA uses 4 to 128."
+                f"dropout acts on a map's input, and {bare[0]} has none to itself; leave it out, or dropout."
             )
+        if self.bias and (odd := [site for site in found if site.kind != "linear" or site.parameter is not None]):
+            raise TargetError(f"bias is for linear maps, and {odd[0].path} is no module of that kind; leave it out.")
         return found
 
     def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round."""
-        if site.kind == EMBEDDING:
-            b = torch.randn(site.out_features, self.rank, generator=generator)
-            return {"lora_embedding_A": torch.zeros(self.rank, site.in_features), "lora_embedding_B": b}
-        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))  # what kaiming_uniform_(a=√5) comes to
-        a = torch.empty(self.rank, site.in_features, *site.kernel).uniform_(-bound, bound, generator=generator)
-        b = torch.zeros(site.out_features, self.rank, *[1] * len(site.kernel))
-        return {"lora_A.weight": a, "lora_B.weight": b}
+        """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round.
 
-    def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> LowRank:
-        """One low-rank delta."""
-        dropout = self.dropout if step.training else 0.0
+        Of experts as peft has it: A is ``[experts · r, in]``, expert by expert; B ``[out, r · experts]``, rank by rank.
+        """
+        rank = self.rank_at(site)
         if site.kind == EMBEDDING:
-            a, b = parameters["lora_embedding_A"], parameters["lora_embedding_B"]
-            return EmbeddingLowRank(a, b, self.scale)
+            b = torch.randn(site.out_features, rank, generator=generator)
+            return {"lora_embedding_A": torch.zeros(rank, site.in_features), "lora_embedding_B": b}
+        rows = rank * (site.count or 1)
+        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))  # what kaiming_uniform_(a=√5) comes to
+        a = torch.empty(rows, site.in_features, *site.kernel).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(site.out_features, rows, *[1] * len(site.kernel))
+        bias = {"lora_B.bias": torch.zeros(site.out_features)} if self.bias else {}
+        return {"lora_A.weight": a, "lora_B.weight": b, **bias}
+
+    def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
+        """One low-rank delta, and the bias after it."""
+        scale, dropout = self.scale_at(site), self.dropout if step.training else 0.0
+        if site.kind == EMBEDDING:
+            return EmbeddingLowRank(parameters["lora_embedding_A"], parameters["lora_embedding_B"], scale)
         a, b = parameters["lora_A.weight"], parameters["lora_B.weight"]
+        if site.kind == EXPERTS:
+            return LowRank(a.unflatten(0, (site.count, -1)), b.unflatten(1, (-1, site.count)).permute(2, 0, 1), scale)
         if site.kind == "conv":
             convolution = step.model.get_submodule(site.path)
-            return ConvLowRank(a, b, self.scale, dropout, convolve=partial(_convolve, convolution))
-        return LowRank(a, b, self.scale, dropout)
+            delta: LowRank = ConvLowRank(a, b, scale, dropout, convolve=partial(_convolve, convolution))
+        else:
+            delta = LowRank(a, b, scale, dropout)
+        return Stack((delta, Bias(parameters["lora_B.bias"] * scale))) if self.bias else delta
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
-        """With the settings of peft's that are fixed here."""
-        return super().to_peft(sites, site_map) | {"bias": "none", "init_lora_weights": True}
+        """With the settings of peft's that are fixed here, and patterns in its regular expressions."""
+        fields = super().to_peft([site for site in sites if site.kind != EXPERTS], site_map)
+        if experts := [site for site in sites if site.kind == EXPERTS]:
+            fields["target_parameters"] = site_map.shortest_names(experts)
+        for ours, at in (("rank_pattern", self.rank_at), ("alpha_pattern", self._alpha_at)):
+            values = {at(site): [other for other in sites if at(other) == at(site)] for site in sites}
+            values.pop(self.rank if ours == "rank_pattern" else self.alpha, None)
+            fields[ours] = {
+                re.escape(name): value for value, mine in values.items() for name in site_map.shortest_names(mine)
+            }
+        return fields | {"bias": "none", "init_lora_weights": True}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        """Refuses settings that would change the result: DoRA, biases, per-module ranks and the like."""
+        """Refuses settings that would change the result: DoRA, trained biases of the base and the like."""
         odd = [key for key in _NOT_READ if config.get(key)]
         odd += ["bias"] if config.get("bias", "none") != "none" else []
         if odd:
             raise AdapterFileError(f"This LoRA adapter uses {', '.join(odd)}, which veneer does not read yet.")
-        return super().from_peft(config)
+        patterns = {
+            name: {f"/(^|\\.)({key})$/": value for key, value in (config.get(name) or {}).items()}
+            for name in ("rank_pattern", "alpha_pattern")
+        }
+        modules, parameters = config.get("target_modules") or (), config.get("target_parameters") or ()
+        targets = modules if isinstance(modules, str) and not parameters else [*modules, *parameters]
+        return super().from_peft({**config, **patterns, "target_modules": targets})

@@ -58,6 +58,12 @@ class Prompt(Method):
         """The embeddings."""
         return Tokens(parameters["prompt_embeddings"])
 
+    @classmethod
+    def read(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """For an encoder-decoder peft keeps a second table as long, and never uses it."""
+        length = config.get("num_virtual_tokens")
+        return {key: value[:length] if key.endswith("prompt_embeddings") else value for key, value in state.items()}
+
     def to_peft(self, sites: Sequence[Any], site_map: SiteMap) -> dict[str, Any]:
         """With the sizes peft makes its table by."""
         return {

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 from veneer.bases import Site, SiteMap
 from veneer.bases.sites import ALL_LINEAR
+from veneer.errors import TargetError
 from veneer.methods.base import Method
 
 
 class Targeted(Method):
     """A method with targets."""
 
+    kinds: ClassVar[Collection[str]] = ("linear",)
+    """The kinds of sites it can act at."""
+
     targets: str | tuple[str, ...] = ALL_LINEAR
-    """Where: all-linear, attention, mlp, roles (q, k, v, o, up, gate, down), module names, or /regular expressions/."""
+    """Where: all-linear, attention, mlp, experts, roles (q, k, v, o, up, gate, down), module names, or
+    /regular expressions/."""
     exclude: tuple[str, ...] = ()
     """Where not, in the same words."""
     layers: str | None = None
@@ -24,9 +29,16 @@ class Targeted(Method):
         """The sites picked.
 
         Raises:
-            TargetError: a word picks nothing, or all together leave nothing.
+            TargetError: a word picks nothing, or all together leave nothing, or what they pick is of a kind the
+                method doesn't act on.
         """
-        return sites.resolve(self.targets, exclude=self.exclude, layers=self.layers)
+        found = sites.resolve(self.targets, exclude=self.exclude, layers=self.layers)
+        if other := [site for site in found if site.kind not in self.kinds]:
+            raise TargetError(
+                f"{self.name} acts on {' and '.join(self.kinds)} maps only, and {other[0].path} is of kind "
+                f"{other[0].kind}. Leave it out of `targets`, or take lora, which acts on every kind but norms."
+            )
+        return found
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With targets in module names, which say it all: peft knows neither roles nor groups nor slices."""
