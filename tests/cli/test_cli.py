@@ -249,7 +249,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods", "lora", "--json") == 0
     assert set(json.loads(capsys.readouterr().out)["settings"]) == set(veneer.LoRA.model_fields)
     assert run("sites", "minilm-l6") == 0
-    assert "encoder.layer.*.intermediate.dense" in capsys.readouterr().out
+    assert re.search(r"query\s+linear, attention, q\s+384 → 384 ×6", capsys.readouterr().out)
     assert run("sites", "minilm-l6", "--targets", "/layer.[01].att/", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["sites"]) == 10
     assert run("models", "--json") == 0

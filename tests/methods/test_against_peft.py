@@ -14,7 +14,8 @@ from test_contract import EXACT, off
 
 import veneer
 from helpers import perturb
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, TargetError
+from veneer.methods import method_class
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -144,3 +145,16 @@ def test_an_approximate_rotation_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(family.model(), config).save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="use_cayley_neumann"):
         veneer.Base(family.model()).load(tmp_path, "a")
+
+
+def test_a_prefix_peft_would_misread_is_not_called_pefts(tmp_path: Path) -> None:
+    base = veneer.Base(FAMILIES["t5"].model())
+    base.attach(method("prefix"), "ours").save(tmp_path / "ours")
+    with pytest.raises((KeyError, ValueError), match="VENEER_PREFIX"):
+        peft.PeftModel.from_pretrained(FAMILIES["t5"].model(), tmp_path / "ours")
+    assert base.load(tmp_path / "ours", "again").method == method("prefix")
+
+
+def test_peft_places_need_an_encoder_decoder() -> None:
+    with pytest.raises(TargetError, match="where: peft is for encoder-decoders"):
+        veneer.Base(FAMILIES["llama"].model()).attach(method_class("prefix")(where="peft"), "a")

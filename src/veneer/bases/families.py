@@ -95,9 +95,12 @@ def stack_of(path: str) -> str:
     return found[0] if found else ""
 
 
-def runs_through_interface(attention: object) -> bool:
-    """Whether an attention module calls transformers' exchangeable attention functions (DeBERTa, XLNet don't)."""
-    return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+def takes_prefixes(attention: object) -> bool:
+    """Whether keys and values can be added to an attention module: it calls transformers' exchangeable attention
+    functions, or is one of those that don't and are known (DeBERTa's, XLNet's)."""
+    split = split_of(attention)
+    through_interface = hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")
+    return through_interface or (split is not None and split.attention != "")
 
 
 _POSITIONS = ("wpe", "position_embeddings", "position_embedding", "embed_positions")

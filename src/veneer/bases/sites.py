@@ -21,9 +21,9 @@ from veneer.bases.families import (
     counts_positions,
     is_cross_attention,
     role_of,
-    runs_through_interface,
     split_of,
     stack_of,
+    takes_prefixes,
 )
 from veneer.bases.weights import is_transposed, parameters_of
 from veneer.errors import TargetError, did_you_mean
@@ -144,7 +144,7 @@ class SiteMap(Sequence[Site]):
             path = site.path.rpartition(".")[0]
             module = self._modules[path]
             width = next((getattr(module, name) for name in _HEAD_WIDTHS if hasattr(module, name)), None)
-            if width is None or not (runs_through_interface(module) or getattr(split_of(module), "attention", "")):
+            if width is None or not takes_prefixes(module):
                 continue
             keys = site.out_features if site.role == "k" else _fused_keys(module, site, width)
             found.append(AttentionSite(path, keys // width, width, site.layer, len(found), self._part(path)))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from veneer.bases import Site
 
 
 def sites_(
@@ -36,7 +42,7 @@ def sites_(
     """
     from dataclasses import asdict
 
-    from veneer.cli.output import console, print_json, table
+    from veneer.cli.output import console, print_json
     from veneer.tasks import load_base
 
     loaded = load_base(base, task=task)
@@ -44,14 +50,34 @@ def sites_(
     if json:
         print_json({"base": base, "words": loaded.sites.words(), "sites": [asdict(site) for site in chosen]})
         return
-    alike: dict[tuple[str, ...], int] = {}
-    for site in chosen:
-        place = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", site.path)
-        row = (place, site.kind, site.role or "", site.group or "", f"{site.in_features} → {site.out_features}")
-        alike[row] = alike.get(row, 0) + 1
-    rows = [(*row, str(count)) for row, count in alike.items()]
-    console.print(table(("module", "kind", "role", "group", "width ", "count "), rows))
+    console.print(_tree(base, chosen))
     console.print(f"attention layers (for keys and values): {len(loaded.sites.attention)}")
     console.print(
         f"words for targets: {', '.join(loaded.sites.words())}, or a module's name, or /a regular expression/"
     )
+
+
+def _tree(base: str, sites: Sequence[Site]) -> Tree:
+    """The sites by where they lie, layers that are alike on one branch."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    branches = {"": Tree(f"[bold]{escape(base)}[/bold]")}
+
+    def branch(path: str) -> Tree:
+        if path not in branches:
+            parent, _, name = path.rpartition(".")
+            branches[path] = branch(parent).add(escape(name))
+        return branches[path]
+
+    alike: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        place = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", site.path)
+        alike.setdefault((place, f"{site.in_features:,} → {site.out_features:,}"), []).append(site)
+    for (place, width), found in alike.items():
+        parent, _, name = place.rpartition(".")
+        site, times = found[0], f" ×{len(found)}" if len(found) > 1 else ""
+        kind = ", ".join(dict.fromkeys(word for word in (site.kind, site.group, site.role) if word))
+        stack = f" in a stack of {site.count}" if site.count else ""
+        branch(parent).add(f"[bold]{escape(name)}[/bold]  {kind}  [dim]{width}{stack}{times}[/dim]")
+    return branches[""]

@@ -50,7 +50,7 @@ class Prefix(Method):
     def sites(self, sites: SiteMap) -> Sequence[AttentionSite]:
         """Every attention layer, or those of the decoder."""
         if not sites.attention:
-            raise TargetError("This base has no attention layers that run through transformers' attention interface.")
+            raise TargetError("This base has no attention layers that veneer knows to add keys and values to.")
         if self.where == "everywhere":
             return sites.attention
         found = [site for site in sites.attention if site.part == "decoder"]
