@@ -59,7 +59,7 @@ class Adapter(nn.Module):
         self._shared = self._own("", shared)
         names = _names_in_files(sites)
         self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
-        self._modules_in_full: dict[str, dict[str, Tensor]] = {}
+        self._in_full: dict[str, dict[str, str]] = {}
 
     @classmethod
     def over(cls, model: nn.Module) -> type[Self]:
@@ -84,34 +84,34 @@ class Adapter(nn.Module):
 
     def lower(self, training: bool | None = None) -> dict[str, Delta]:
         """The deltas this adapter amounts to, by where they act; in its own mode unless told which."""
-        step = Lowering(self.training if training is None else training, self.base.model)
+        step = Lowering(self.base.model, self.training if training is None else training)
         plan: dict[str, Delta] = {}
         for site in self.sites:
-            delta = self.method.lower(site, {**self._shared, **self._at_sites[site.path]}, step)
+            delta = self.method.lower(site, self.parameters_at(site.path), step)
             if (name := getattr(site, "parameter", None)) is not None:
                 delta = AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
             where = getattr(site, "module", site.path)
             plan[where] = Stack((plan[where], delta)) if where in plan else delta
-        plan.update({path: Replace(values) for path, values in self._modules_in_full.items()})
+        plan.update({path: Replace(values) for path, values in self.modules_in_full.items()})
         return plan
 
     @property
     def places(self) -> list[str]:
         """Paths of the modules it acts at."""
-        return [*dict.fromkeys(getattr(site, "module", site.path) for site in self.sites), *self._modules_in_full]
+        return [*dict.fromkeys(getattr(site, "module", site.path) for site in self.sites), *self._in_full]
 
     def parameters_at(self, path: str) -> Mapping[str, Tensor]:
-        """Its parameters at one site, by the method's names for them."""
-        return self._at_sites[path]
+        """Its parameters at one site and those shared by all, by the method's names for them."""
+        return self._values({**self._shared, **self._at_sites[path]})
 
     def own_modules(self, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over modules of the base: they run on parameters of this adapter, with these initial values."""
-        self._modules_in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
+        self._in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
 
     @property
     def modules_in_full(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The modules (a task's head) that run on parameters of the adapter's own, by path."""
-        return self._modules_in_full
+        return {path: self._values(keys) for path, keys in self._in_full.items()}
 
     @property
     def config(self) -> Any:
@@ -176,21 +176,35 @@ class Adapter(nn.Module):
         share = f"{self.trainable:,} trainable, {self.trainable_share:.2%} of {self.base.name}"
         return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
 
-    def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Register tensors under the names peft gives them: floats as parameters, integers as buffers.
+    def _values(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """The tensors of these keys; looked up anew, because ``.to()`` replaces buffers."""
+        return {
+            name: self._parameters[key] if key in self._parameters else self._buffers[key]  # type: ignore[misc]
+            for name, key in keys.items()
+        }
+
+    def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Register tensors under the names peft gives them: as parameters, or as buffers if they aren't trained.
 
         All in this one module, dots and all: a tree of modules as deep as the base's would be thousands of objects
         an adapter, and attaching the hundredth would wait for the garbage collector.
+
+        Returns:
+            The keys, by the names given.
         """
-        owned: dict[str, Tensor] = {}
+        keys: dict[str, str] = {}
+        device = self.base.device
         for name, tensor in tensors.items():
             key = f"{PREFIX}{path}.{name}" if path else name
-            tensor = tensor.to(self.base.device)
-            if tensor.is_floating_point():
-                owned[name] = self._parameters[key] = nn.Parameter(tensor)
-            else:
-                owned[name] = self._buffers[key] = tensor
-        return owned
+            keys[name], tensor = key, tensor.to(device)
+            derived = name in self.method.derived()
+            if tensor.is_floating_point() and not derived and name not in self.method.fixed():
+                self._parameters[key] = nn.Parameter(tensor)
+                continue
+            self._buffers[key] = tensor
+            if derived:
+                self._non_persistent_buffers_set.add(key)
+        return keys
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """torch takes a key with a dot for one of a child."""

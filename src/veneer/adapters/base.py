@@ -19,7 +19,7 @@ from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
 from veneer.bases import Pretrained
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
-from veneer.methods import Method
+from veneer.methods import BaseWeights, Method
 
 _BANK = "veneer_adapters"
 _PREFIX = "adapter_"  # else an adapter called "train" would hide a method of nn.Module
@@ -95,8 +95,9 @@ class Base(Pretrained):
         self._check_name(name)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
-        values = {site.path: method.parameters(site, generator) for site in sites}
-        shared = method.shared(sites, self.model, generator)
+        weights = BaseWeights(self.model)
+        values = {site.path: method.parameters(site, generator, weights) for site in sites}
+        shared = method.shared(sites, generator, weights)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
         adapter.train(self.model.training)
         if not self.adapters:

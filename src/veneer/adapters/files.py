@@ -25,7 +25,7 @@ from torch import Tensor
 from veneer.adapters.adapter import PREFIX, Adapter
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, VeneerError
 from veneer.methods import Method, method_class, method_from_config
-from veneer.methods.registry import method_for_peft_type
+from veneer.methods.registry import method_for_peft
 from veneer.storage import new_folder, sha256, write_json
 
 if TYPE_CHECKING:
@@ -222,9 +222,8 @@ def _under(ours: str, key: str, theirs: str) -> str:
 def _method_class(path: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> type[Method]:
     if name := record.get("method", {}).get("name"):
         return method_class(name)
-    peft_type = str(config.get("peft_type"))
-    if (cls := method_for_peft_type(peft_type)) is None:
-        raise AdapterFileError(f"{path} holds a {peft_type} adapter, which veneer does not read yet.")
+    if (cls := method_for_peft(config)) is None:
+        raise AdapterFileError(f"{path} holds a {config.get('peft_type')} adapter, which veneer does not read yet.")
     return cls
 
 

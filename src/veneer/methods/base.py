@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -18,20 +18,29 @@ from veneer.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Lowering:
-    """What `Method.lower` may want to know about the step it lowers for.
+class BaseWeights:
+    """The base as a method may read it.
 
     Attributes:
-        training: whether the adapter is in training mode.
-        model: the base, whose weights a method may read.
+        model: the base.
     """
 
-    training: bool
     model: nn.Module
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """The base's own parameters at a site, weights as ``[…, out, in]``."""
         return parameters_at(self.model, site)
+
+
+@dataclass(frozen=True)
+class Lowering(BaseWeights):
+    """What `Method.lower` may want to know about the step it lowers for.
+
+    Attributes:
+        training: whether the adapter is in training mode.
+    """
+
+    training: bool
 
 
 class Method(BaseModel):
@@ -65,13 +74,21 @@ class Method(BaseModel):
     def sites(self, sites: SiteMap) -> Sequence[Any]:
         """Where it acts in this base: `Site`s or `AttentionSite`s."""
 
-    def shared(self, sites: Sequence[Any], model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Initial values of parameters that all sites share, float32, by name."""
         return {}
 
-    def parameters(self, site: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of its parameters at a site, by name: float32, trained; or integers, kept fixed."""
+    def parameters(self, site: Any, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
+        """Initial values of its parameters at a site, by name: float32, trained unless `fixed`; or integers."""
         return {}
+
+    def fixed(self) -> Collection[str]:
+        """Names of parameters that are not trained, but kept in the adapter's files."""
+        return ()
+
+    def derived(self) -> Collection[str]:
+        """Names of parameters that are neither trained nor kept, because the settings alone say what they are."""
+        return ()
 
     @abstractmethod
     def lower(self, site: Any, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
@@ -97,6 +114,11 @@ class Method(BaseModel):
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""
         ours = {name: theirs for theirs, name in self.peft_names.items()}
         return {ours.get(key, key): value for key, value in self.model_dump(mode="json").items()}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an ``adapter_config.json`` is for this method."""
+        return config.get("peft_type") == cls.peft_type
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:

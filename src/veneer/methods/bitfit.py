@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Bias, Delta
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import BaseWeights, Lowering, Method
 
 
 class BitFit(Method):
@@ -35,7 +35,7 @@ class BitFit(Method):
         with_bias = [site for site in inside if site.bias]
         return with_bias or sites.resolve("all-linear")
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """``[out]``, zero."""
         return {"bias_delta": torch.zeros(site.out_features)}
 

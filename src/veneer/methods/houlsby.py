@@ -22,7 +22,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Bottleneck, Delta
 from veneer.errors import TargetError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import BaseWeights, Lowering, Method
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -52,7 +52,7 @@ class Houlsby(Method):
             raise TargetError("This base has no residual branches that veneer knows to put bottlenecks after.")
         return found
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Down normal(0.02), up zero, biases zero."""
         m, d = self.bottleneck, site.out_features
         return {

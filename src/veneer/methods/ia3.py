@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, InputScale, Scale
 from veneer.errors import TargetError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import BaseWeights, Lowering, Method
 
 
 class IA3(Method):
@@ -39,7 +39,7 @@ class IA3(Method):
             raise TargetError("IA3 finds neither keys and values nor feed-forward blocks in this base.")
         return found
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """One scale a feature, in peft's shapes: ``[out, 1]``, or ``[1, in]`` at an input."""
         shape = (1, site.in_features) if site.role == "down" else (site.out_features, 1)
         return {"ia3_l": torch.ones(shape)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Kron
 from veneer.errors import AdapterFileError
-from veneer.methods.base import Lowering
+from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
 
@@ -39,7 +39,7 @@ class LoKr(Targeted):
     alpha: float = Field(8.0, gt=0)
     """The update is scaled by alpha / rank."""
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """C ``[o1, i1]`` zero; M ``[o2, i2]``, or B ``[o2, r]`` and A ``[r, i2]``, Kaiming-uniform."""
         o1, o2 = factors(site.out_features)
         i1, i2 = factors(site.in_features)

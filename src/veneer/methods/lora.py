@@ -27,7 +27,7 @@ from veneer.bases import Site, SiteMap
 from veneer.bases.sites import EMBEDDING, EXPERTS
 from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
 from veneer.errors import AdapterFileError, TargetError, did_you_mean
-from veneer.methods.base import Lowering
+from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
@@ -116,7 +116,7 @@ class LoRA(Targeted):
             raise TargetError(f"bias is for linear maps, and {odd[0].path} is no module of that kind; leave it out.")
         return found
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round.
 
         Of experts as peft has it: A is ``[experts · r, in]``, expert by expert; B ``[out, r · experts]``, rank by rank.

@@ -23,7 +23,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Rotate
 from veneer.errors import AdapterFileError
-from veneer.methods.base import Lowering
+from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
 
@@ -39,7 +39,7 @@ class OFT(Targeted):
     block_size: int = Field(32, ge=2)
     """Size β of the blocks; made smaller where it does not divide a map's input width."""
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The entries above the diagonals of Q, ``[k, β(β − 1)/2]``, zero."""
         block = math.gcd(self.block_size, site.in_features)
         return {"oft_R.weight": torch.zeros(site.in_features // block, block * (block - 1) // 2)}

@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.bases import SiteMap
 from veneer.bases.sites import AttentionSite
 from veneer.deltas import Delta, KeyValues
 from veneer.errors import TargetError
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import BaseWeights, Lowering, Method
 
 
 class Prefix(Method):
@@ -58,7 +58,7 @@ class Prefix(Method):
             raise TargetError("where: peft is for encoder-decoders, and this base is none.")
         return [replace(site, index=index) for index, site in enumerate(found)]
 
-    def shared(self, sites: Sequence[Any], model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """One table for all layers, as in peft's files: ``[l, layers · 2 · key-value width]``."""
         width = {site.heads * site.head_width for site in sites}
         if len(width) != 1:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.bases import SiteMap
 from veneer.bases.sites import Site
 from veneer.deltas import Delta, Tokens
-from veneer.methods.base import Lowering, Method
+from veneer.methods.base import BaseWeights, Lowering, Method
 
 
 class Prompt(Method):
@@ -43,14 +43,14 @@ class Prompt(Method):
         """The input embedding."""
         return [sites.input_embedding]
 
-    def shared(self, sites: Sequence[Any], model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """``[l, d]``."""
         site = sites[0]
         if self.init == "random":
             values = torch.rand(self.length, site.out_features, generator=generator) - 0.5
         else:
             ids = torch.randint(site.in_features, (self.length,), generator=generator)
-            weight = model.get_parameter(f"{site.path}.weight").detach()
+            weight = base.model.get_parameter(f"{site.path}.weight").detach()
             values = weight[ids.to(weight.device)].float().cpu()
         return {"prompt_embeddings": values}
 

@@ -54,9 +54,9 @@ def method_from_config(config: str | Mapping[str, Any] | Method) -> Method:
     return method_class(str(fields.pop("name")))(**fields)
 
 
-def method_for_peft_type(peft_type: str) -> type[Method] | None:
-    """The method that reads and writes this ``peft_type``, if there is one."""
-    return next((cls for cls in methods().values() if cls.peft_type == peft_type), None)
+def method_for_peft(config: Mapping[str, Any]) -> type[Method] | None:
+    """The method that this ``adapter_config.json`` is for, if there is one."""
+    return next((cls for cls in methods().values() if cls.reads(config)), None)
 
 
 def _leaves(cls: type[Method]) -> list[type[Method]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Sparse
-from veneer.methods.base import Lowering
+from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
 
@@ -36,7 +36,7 @@ class SHiRA(Targeted):
     rank: int = Field(16, ge=1)
     """As many entries are trained as LoRA of this rank would have numbers."""
 
-    def parameters(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Values ``[nnz]``, zero; indices ``[2, nnz]``, fixed: row and column."""
         total = site.in_features * site.out_features
         count = min(self.rank * (site.in_features + site.out_features), total)
