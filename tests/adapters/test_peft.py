@@ -97,10 +97,10 @@ def test_we_write_and_peft_reads(make: object, targets: object, tmp_path: Path) 
 
 
 def test_what_we_do_not_read_is_refused_by_name(tmp_path: Path) -> None:
-    peft_over(tiny_llama(), use_dora=True).save_pretrained(tmp_path / "dora")
-    with pytest.raises(AdapterFileError, match="use_dora"):
-        veneer.Base(tiny_llama()).load(tmp_path / "dora")
-    wrapped = peft.get_peft_model(tiny_llama(), peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    wrapped.save_pretrained(tmp_path / "vera")
-    with pytest.raises(AdapterFileError, match="VERA"):
-        veneer.Base(tiny_llama()).load(tmp_path / "vera")
+    peft_over(tiny_llama(), bias="lora_only").save_pretrained(tmp_path / "biases")
+    with pytest.raises(AdapterFileError, match="bias"):
+        veneer.Base(tiny_llama()).load(tmp_path / "biases")
+    wrapped = peft.get_peft_model(tiny_llama(), peft.FourierFTConfig(n_frequency=5, target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "fourier")
+    with pytest.raises(AdapterFileError, match="FOURIERFT"):
+        veneer.Base(tiny_llama()).load(tmp_path / "fourier")

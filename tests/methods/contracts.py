@@ -16,23 +16,30 @@ class Contract:
         settings: small ones, to test it with; none of them trivial (alpha other than rank).
         identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
         merges: it folds into the base's weights wherever these have a place for it.
+        detached: its gradient leaves a part out by definition, so that finite differences are not it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     identity: Literal["bitwise", "rounding", "no"] = "bitwise"
     merges: bool = True
+    detached: bool = False
 
 
 CONTRACTS = {
     "bitfit": Contract(),
+    "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
+    "hira": Contract({"rank": 3}),
     "houlsby": Contract({"bottleneck": 5}, merges=False),
     "ia3": Contract(),
+    "loha": Contract({"rank": 2, "alpha": 3}),
     "lokr": Contract({"rank": 2, "alpha": 3}),
     "lora": Contract({"rank": 3, "alpha": 7}),
+    "norm": Contract(),
     "oft": Contract({"block_size": 8}, identity="rounding"),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),
+    "vera": Contract({"rank": 3}),
 }
 
 

@@ -43,6 +43,16 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
         return peft.OFTConfig(oft_block_size=8, r=0, use_cayley_neumann=False, target_modules=targets, task_type=task)
     if name == "lokr":
         return peft.LoKrConfig(r=2, alpha=3, target_modules=targets, task_type=task)
+    if name == "dora":
+        return peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=targets, task_type=task)
+    if name == "loha":
+        return peft.LoHaConfig(r=2, alpha=3, target_modules=targets, task_type=task)
+    if name == "hira":
+        return peft.HiraConfig(r=3, target_modules=targets, task_type=task)
+    if name == "vera":
+        return peft.VeraConfig(r=3, target_modules=targets, task_type=task)
+    if name == "norm":
+        return peft.LNTuningConfig(target_modules=targets, task_type=task)
     if name == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=task)
     return peft.PromptTuningConfig(num_virtual_tokens=3, task_type=task)
@@ -74,10 +84,10 @@ def gradients(model: torch.nn.Module, family: Family, skip: int = 0) -> tuple[to
 
 
 PROMPTS = ("prefix", "prompt")
-LINEAR_ONLY = ("lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
+LINEAR_ONLY = ("loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
 CELLS = [
     (name, family)
-    for name in ("ia3", "lora", *LINEAR_ONLY)
+    for name in ("dora", "hira", "ia3", "lora", "norm", "vera", *LINEAR_ONLY)
     for family in ON
     if (name, family) not in [(linear, "gpt2") for linear in LINEAR_ONLY]
 ]
@@ -102,9 +112,11 @@ def test_we_write_and_peft_computes_the_same(name: str, on: str, tmp_path: Path)
     got, grads = gradients(ours, family)
     assert off(expected, plain) > 1e-3
     assert off(got, expected) < EXACT
-    their_grads = {
-        key.replace("prompt_encoder.embedding.weight", "prompt_embeddings"): g for key, g in their_grads.items()
-    }
+    for in_memory, in_files in (
+        ("prompt_encoder.embedding.weight", "prompt_embeddings"),
+        ("lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    ):
+        their_grads = {key.replace(in_memory, in_files): grad for key, grad in their_grads.items()}
     their_grads = {key: grad for key, grad in their_grads.items() if "classifier" not in key}  # peft trains it unasked
     assert set(their_grads) == {key for key in grads if "classifier" not in key}
     for key, grad in their_grads.items():
@@ -119,7 +131,7 @@ def test_peft_writes_and_we_compute_the_same(name: str, on: str, tmp_path: Path)
     if name == "ia3":
         sites = [site for site in ours.sites if site.role == "down"]
         targets = (ours.base.sites.shortest_names(ours.sites), ours.base.sites.shortest_names(sites))
-    elif hasattr(ours.method, "targets"):
+    elif hasattr(ours.method, "targets") or name == "norm":
         targets = ours.base.sites.shortest_names(ours.sites)
     theirs = peft.get_peft_model(family.model(), theirs_for(name, family, targets)).double().eval()
     generator = torch.Generator().manual_seed(2)

@@ -104,6 +104,8 @@ def test_gradients_are_those_of_the_function(name: str, family: Family) -> None:
     """Against a finite difference along a random direction, in float64."""
     if family.name == "mixtral":
         pytest.skip("can't: its router computes in float32, too coarse for a finite difference")
+    if CONTRACTS[name].detached:
+        pytest.skip("can't: a part of the gradient is left out by definition")
     adapter = attached(name, family).eval()
     direction = {
         key: torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).double()

@@ -29,7 +29,9 @@ class Scale(Delta):
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """Scale."""
-        scaled = y * self.v if self.bias is None else (y - self.bias) * self.v + self.bias
+        scaled = y * self.v
+        if self.bias is not None:
+            scaled = scaled + self.bias * (1 - self.v)  # nothing, to the bit, where v is one
         return scaled.to(y.dtype)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,11 @@ class Lowering(BaseWeights):
     training: bool
 
 
+def widened(value: Tensor) -> Tensor:
+    """In float32, or wider if it is: what is trained is kept in."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 class Method(BaseModel):
     """A PEFT technique. Its fields are its hyper-parameters; unknown ones are an error.
 

@@ -32,7 +32,6 @@ from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
 _NOT_READ = (
-    "use_dora",
     "layer_replication",
     "use_qalora",
     "trainable_token_indices",
@@ -159,6 +158,11 @@ class LoRA(Targeted):
                 re.escape(name): value for value, mine in values.items() for name in site_map.shortest_names(mine)
             }
         return fields | {"bias": "none", "init_lora_weights": True}
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Without the flag that makes it DoRA's."""
+        return super().reads(config) and not config.get("use_dora")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
