@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 
 import pytest
 import torch
 
 import veneer
 from helpers import perturb, tiny_bert, tiny_llama
-from veneer.errors import AdapterError, UnknownName
+from veneer.errors import AdapterError, ConfigError, UnknownName
+from veneer.methods import method_class
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3
 
@@ -236,7 +238,7 @@ def test_mistakes(base: veneer.Base) -> None:
         base.attach(veneer.LoRA(rank=2), "a.b")
     with pytest.raises(UnknownName, match=r"No adapter 'suport' here. Did you mean 'support'"), base.using("suport"):
         pass
-    with pytest.raises(AdapterError, match="already carries adapters"):
+    with pytest.raises(AdapterError, match="carries adapters of another Base"):
         veneer.Base(base.model)
 
 
@@ -261,3 +263,85 @@ def test_published_counts_roberta(size: str, hidden: int, layers: int, expected:
     with torch.device("meta"):
         model = transformers.RobertaModel(config)
     assert veneer.Base(model).attach(veneer.LoRA(rank=8, targets=["q", "v"])).trainable == expected
+
+
+def test_a_part_called_by_itself_acts_inside_the_block_only() -> None:
+    base = veneer.Base(tiny_llama())
+    adapter = base.attach(veneer.LoRA(rank=2), "a")
+    perturb(adapter)
+    part, x = base.model.model.layers[0].self_attn.q_proj, torch.ones(1, 3, 32)
+    with torch.no_grad():
+        plain = part(x)
+    adapter.train()
+    adapter(input_ids=IDS).logits.sum().backward()  # a training forward leaves nothing in force
+    with torch.no_grad():
+        assert torch.equal(part(x), plain)
+        with base.using("a"):
+            assert not torch.equal(part(x), plain)
+        assert torch.equal(part(x), plain)
+
+
+def test_threads_wait_for_one_another() -> None:
+    base = veneer.Base(tiny_llama())
+    adapters = [base.attach(veneer.LoRA(rank=2), name, seed=seed) for seed, name in enumerate("ab")]
+    for seed, adapter in enumerate(adapters):
+        perturb(adapter, seed=seed)
+    expected = [logits(adapter) for adapter in adapters]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        for _ in range(30):
+            if not torch.equal(logits(adapters[which]), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("how", ["in the model", "by the adapter"])
+def test_checkpointing_switched_on_elsewhere(how: str) -> None:
+    gradients = []
+    for on in (False, True):
+        base = veneer.Base(tiny_llama(use_cache=False).double())
+        adapter = base.attach(method_class("prefix")(length=3)).double()
+        perturb(adapter)
+        adapter.train()
+        if on:
+            inside = getattr(base.model, "activation_checkpointing_enable", base.model.gradient_checkpointing_enable)
+            switch_on = inside if how == "in the model" else adapter.gradient_checkpointing_enable
+            switch_on({"use_reentrant": True})
+        with base.using("default"):
+            base.model(input_ids=IDS).logits.square().mean().backward()
+        gradients.append(adapter.get_parameter("prompt_embeddings").grad)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-10
+    assert gradients[0].abs().max() > 0
+
+
+def test_a_merged_model_trains_as_a_whole_and_forgets_ties() -> None:
+    base = veneer.Base(tiny_llama(tie_word_embeddings=True))
+    adapter = base.attach(veneer.LoRA(rank=2, targets=["embed_tokens", "q"]))
+    perturb(adapter)
+    merged = adapter.merged()
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert not merged.config.tie_word_embeddings
+    assert base.model.config.tie_word_embeddings
+    assert (logits(merged) - logits(adapter)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wrong", ["lora", {"rank": 3}, veneer.LoRA])
+def test_what_is_no_method(wrong: object) -> None:
+    with pytest.raises(AdapterError, match="attach\\(\\) takes a method"):
+        veneer.Base(tiny_llama()).attach(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes its settings by name"):
+        veneer.LoRA(8)
+
+
+def test_virtual_tokens_need_ids() -> None:
+    base = veneer.Base(tiny_llama())
+    adapter = base.attach(method_class("prompt")(length=3))
+    with pytest.raises(AdapterError, match="pass input_ids"):
+        adapter(inputs_embeds=torch.ones(1, 4, 32))

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from contracts import CONTRACTS, method
-from families import FAMILIES, Family, run
+from families import FAMILIES, IDS, Family, run
 from test_contract import EXACT, off
 
 import veneer
@@ -170,3 +170,57 @@ def test_a_prefix_peft_would_misread_is_not_called_pefts(tmp_path: Path) -> None
 def test_peft_places_need_an_encoder_decoder() -> None:
     with pytest.raises(TargetError, match="where: peft is for encoder-decoders"):
         veneer.Base(FAMILIES["llama"].model()).attach(method_class("prefix")(where="peft"), "a")
+
+
+@pytest.mark.parametrize(("name", "on"), [("prefix", "llama"), ("prefix", "t5"), ("prompt", "gpt2"), ("prompt", "t5")])
+def test_prompts_act_in_peft_without_a_task_of_ours(name: str, on: str, tmp_path: Path) -> None:
+    family = FAMILIES[on]
+    ours = ours_on(name, family)
+    ours.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(family.model(), tmp_path)
+    with torch.no_grad():
+        assert off(run(theirs.base_model, family.inputs), run(theirs, family.inputs)[:, -IDS.shape[1] :][:, :7]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3"])
+def test_what_peft_would_load_in_part_is_not_called_pefts(name: str, tmp_path: Path) -> None:
+    base = veneer.Base(FAMILIES["xlnet"].model())
+    base.attach(method(name), "ours").save(tmp_path / "ours")
+    with pytest.raises((KeyError, ValueError), match="VENEER_"):
+        peft.PeftModel.from_pretrained(FAMILIES["xlnet"].model(), tmp_path / "ours")
+
+
+def test_peft_files_with_modules_of_their_own(tmp_path: Path) -> None:
+    family = FAMILIES["llama"]
+    for number, settings in enumerate(
+        (
+            {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+            {"target_modules": ["q_proj", "embed_tokens"]},
+        )
+    ):
+        theirs = peft.get_peft_model(family.model(), peft.LoraConfig(**settings)).double().eval()
+        with torch.no_grad():
+            for key, parameter in theirs.named_parameters():
+                if parameter.requires_grad or "lora_" in key:
+                    parameter.copy_((parameter + torch.randn_like(parameter) * 0.1).float())
+            expected = run(theirs, family.inputs)
+        theirs.save_pretrained(tmp_path / str(number))
+        ours = veneer.Base(family.model().requires_grad_(False)).load(tmp_path / str(number)).double()
+        with torch.no_grad():
+            assert off(run(ours, family.inputs), expected) < EXACT
+            assert off(run(ours.base.model, family.inputs), expected) > 1e-3
+
+
+def test_a_convolution_has_the_rank_of_its_patches() -> None:
+    base = veneer.Base(FAMILIES["vit"].model())
+    assert base.attach(veneer.LoRA(targets="projection", rank=32), "a").trainable == 32 * (3 * 8 * 8 + 32)
+    with pytest.raises(TargetError, match="which is 32"):
+        base.attach(veneer.LoRA(targets="projection", rank=33), "b")
+
+
+def test_rotations_need_a_block() -> None:
+    base = veneer.Base(FAMILIES["llama"].model())
+    adapter = base.attach(method_class("oft")(block_size=7), "a")  # of 32 and 48: 4 and 6
+    assert adapter.parameters_at("model.layers.0.mlp.down_proj")["oft_R.weight"].shape == (8, 15)
+    with pytest.raises(TargetError, match="divides 3,"):
+        veneer.Base(torch.nn.ModuleDict({"m": torch.nn.Linear(3, 4)})).attach(method_class("oft")(block_size=2), "a")

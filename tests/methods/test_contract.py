@@ -41,7 +41,7 @@ def attached(name: str, family: Family) -> veneer.Adapter:
     except TargetError as error:
         assert len(str(error)) > 30  # it says why
         pytest.skip(f"can't: {error}")
-    perturb(adapter, std=0.2)
+    perturb(adapter, std=0.2, seed=2)
     return adapter
 
 
@@ -70,7 +70,7 @@ def test_identity_base_and_switching(name: str, family: Family) -> None:
         promised = CONTRACTS[name].identity
         assert torch.equal(fresh, plain) or promised != "bitwise"
         assert (off(fresh, plain) < 1e-12) == (promised != "no")
-        perturb(adapter, std=0.2)
+        perturb(adapter, std=0.2, seed=2)
         adapted = run(adapter, family.inputs)
         assert off(adapted, plain) > 1e-3
         assert torch.equal(run(model, family.inputs), plain)

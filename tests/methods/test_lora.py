@@ -162,5 +162,5 @@ def test_mistakes(family: str, settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("name", ["shira", "oft", "lokr"])
 def test_others_refuse_what_they_do_not_act_on(name: str) -> None:
     base = veneer.Base(FAMILIES["mixtral"].model())
-    with pytest.raises(TargetError, match=f"{name} acts on linear maps only.*kind experts"):
+    with pytest.raises(TargetError, match=f"{name} acts on sites of kind linear only.*kind experts"):
         base.attach(method_class(name)(**{**method(name).model_dump(), "targets": ("experts",)}), "a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contracts import CONTRACTS, method
-from families import FAMILIES, Family, run
+from families import FAMILIES, IDS, Family, run
 from test_contract import ALWAYS, EXACT, off
 
 import veneer
@@ -171,7 +171,7 @@ def test_what_cannot_be_mixed_says_so() -> None:
 
     base = veneer.Base(Shared())
     base.attach(veneer.LoRA(rank=2), "a")
-    with pytest.raises(AdapterError, match="they can't be mixed"), base.rows(["a", None]):
+    with pytest.raises(AdapterError, match=r"a module sees a batch of 1. .*can't differ there"), base.rows(["a", None]):
         base.model(torch.ones(2, 4))
 
 
@@ -180,8 +180,34 @@ def test_mistakes() -> None:
     base, _ = everything_attached(family)
     with pytest.raises(UnknownName, match="No adapter 'nope'"), base.rows(["nope"]):
         pass
-    with (
-        pytest.raises(AdapterError, match="given for 3 rows, but the module sees a batch of 2"),
-        base.rows(["lora0", None, None]),
-    ):
-        run(base.model, family.inputs)
+    for names in (["lora0", None, None], ["lora0"]):
+        message = f"given for {len(names)} rows, but the batch has 2"
+        with pytest.raises(AdapterError, match=message), base.rows(names):
+            run(base.model, family.inputs)
+    for wrong in ("ab", []):
+        with pytest.raises(AdapterError, match="takes a list of names"), base.rows(wrong):
+            pass
+    with base.rows(["lora0", None]), pytest.raises(AdapterError, match="'lora0' is in use"):
+        base.detach("lora0")
+
+
+def test_a_table_looked_up_with_positions_first() -> None:
+    """As many positions as rows, so that only the map of the model tells which axis is which."""
+    base = veneer.Base(FAMILIES["xlnet"].model().requires_grad_(False))
+    adapter = base.attach(veneer.LoRA(rank=2, targets="word_embedding"), "a").double()
+    perturb(adapter, std=0.2)
+    ids = IDS.flatten()[:9].view(3, 3)
+    with torch.no_grad():
+        plain = run(base.model, {"input_ids": ids})
+        with base.rows(["a", None, "a"]):
+            mixed = run(base.model, {"input_ids": ids})
+        adapted = run(adapter, {"input_ids": ids})
+    assert off(mixed[1], plain[1]) < EXACT
+    assert off(mixed[[0, 2]], adapted[[0, 2]]) < EXACT
+    assert off(adapted, plain) > 1e-3
+
+
+@pytest.mark.parametrize(("family", "table"), [("t5", "shared"), ("deberta-v2", "rel_embeddings")])
+def test_tables_that_others_read_are_no_sites(family: str, table: str) -> None:
+    with pytest.raises(TargetError, match="matches nothing"):
+        veneer.Base(FAMILIES[family].model()).attach(veneer.LoRA(rank=2, targets=table), "a")

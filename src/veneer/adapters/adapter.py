@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.bases import Site
 from veneer.bases.weights import bare, parameters_of, stored, weight_of
 from veneer.deltas import AtParameter, Delta, Replace, Stack
+from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
 
 if TYPE_CHECKING:
@@ -144,13 +145,18 @@ class Adapter(nn.Module):
         base = copy.deepcopy(self.base)
         for name in base.adapters:
             base.detach(name)
+        tied = _is_tied(base.model)
         for path, delta in plan.items():
             module = base.model.get_submodule(path)
-            with torch.no_grad():
+            try:
                 merged = stored(module, delta.merge_into(parameters_of(module)))
+            except AdapterError as error:
+                raise AdapterError(f"{path}: {error} Keep the adapter beside the base instead.") from error
             for name, value in merged.items():
                 own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
-                module._parameters[name] = nn.Parameter(own, requires_grad=False)
+                module._parameters[name] = nn.Parameter(own, requires_grad=module._parameters[name].requires_grad)  # type: ignore[union-attr]
+        if tied and not _is_tied(base.model):
+            base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return base.model
 
     def save(self, folder: Any) -> None:
@@ -164,6 +170,14 @@ class Adapter(nn.Module):
         if self.base.adapters.get(self.name) is self:
             self.base.model.train(mode)
         return super().train(mode)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' models have it, for `Trainer`; what it is given is as `Base.enable_checkpointing` has it."""
+        self.base.enable_checkpointing()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As transformers' models have it."""
+        self.base.disable_checkpointing()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As for any module; a change of device takes the base along, a change of dtype doesn't."""
@@ -224,6 +238,12 @@ def _names_in_files(sites: Sequence[Any]) -> dict[str, str]:
     for module, paths in experts.items():
         names |= {path: module + ".base_layer" * inside for inside, path in enumerate(reversed(paths))}
     return names
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether the output projection has the input embedding's weight."""
+    into, out = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output"))
+    return into is not None and out is not None and into.weight is out.weight
 
 
 @functools.cache

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.execution import Execution, Plan, install
+from veneer.adapters.execution import Execution, Lower, install
 from veneer.adapters.explicit import DisentangledHooks, RelativeHooks
 from veneer.adapters.hooks import SiteHooks
+from veneer.adapters.plan import Plan
 from veneer.adapters.prefixes import AttentionHooks, PositionHooks
 from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
@@ -63,11 +64,15 @@ class Base(Pretrained):
     def __init__(self, model: nn.Module, tokenizer: Any = None, **origin: Any) -> None:
         super().__init__(model, tokenizer, **origin)
         if hasattr(model, _BANK):
-            raise AdapterError("This model already carries adapters of another Base; use that one.")
+            raise AdapterError(
+                "This model carries adapters of another Base already: use that one. (To copy a base with its adapters, "
+                "copy the Base: copy.deepcopy(base).)"
+            )
         self.adapters: Mapping[str, Adapter] = {}
         self.active: str | None = None
         self._execution = Execution()
         self._handles: dict[str, list[Any]] = {}
+        self._in_use: list[str | None] = []
         self._was_trainable: list[nn.Parameter] = []
 
     def attach(
@@ -92,6 +97,11 @@ class Base(Pretrained):
             AdapterError: the name is taken or not a name.
             TargetError: the method's targets match nothing.
         """
+        if not isinstance(method, Method):
+            raise AdapterError(
+                f"attach() takes a method, e.g. veneer.LoRA(rank=16), not {method!r}. By name: "
+                'veneer.methods.method_class("ia3")().'
+            )
         self._check_name(name)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
@@ -130,13 +140,17 @@ class Base(Pretrained):
 
         Returns:
             The adapter, whose parameters remain readable and can be saved.
+
+        Raises:
+            AdapterError: it is in use.
         """
         adapter = self[name]
+        if name in self._in_use:
+            raise AdapterError(f"{name!r} is in use; leave `with base.using({name!r})` before detaching it.")
         delattr(self._bank(), _PREFIX + name)
         self.adapters = {key: value for key, value in self.adapters.items() if key != name}
         if self.active == name:
             self.activate(None)
-        self._execution.plan = Plan()
         used = {path for other in self.adapters.values() for path in other.places}
         for path in set(self._handles) - used:
             if path != "" or not self.adapters:
@@ -153,15 +167,20 @@ class Base(Pretrained):
         Raises:
             UnknownName: there is none.
         """
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             attached = ", ".join(self.adapters) or "none"
-            raise UnknownName(f"No adapter {name!r} here.{did_you_mean(name, self.adapters)} Attached: {attached}.")
+            near = did_you_mean(name, self.adapters) if isinstance(name, str) else " Give its name."
+            raise UnknownName(f"No adapter {name!r} here.{near} Attached: {attached}.")
         return self.adapters[name]
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[Base]:
-        """Run the base with one adapter inside the block; None is the plain base."""
-        with self._execution.acting(self._lowering(name)):
+        """Run the base with one adapter inside the block; None is the plain base.
+
+        Raises:
+            UnknownName: there is no adapter of that name.
+        """
+        with self._execution.acting(self._lowering(name)), self._using([name]):
             yield self
 
     @contextlib.contextmanager
@@ -173,28 +192,45 @@ class Base(Pretrained):
 
         Raises:
             UnknownName: a name is not attached.
+            AdapterError: there are no names; later, a batch has another number of rows.
         """
+        if isinstance(names, str) or not names:
+            raise AdapterError(f"rows() takes a list of names, one a row (None: the plain base), not {names!r}.")
         chosen = {name: self[name] for name in names if name is not None}
-        places = {name: [row for row, each in enumerate(names) if each == name] for name in chosen}
 
-        def lower() -> Plan:
+        def lower(rows: int | None) -> Plan:
+            times, rest = divmod(rows or len(names), len(names))
+            if rest or (times != 1 and not self._execution.generating):
+                raise AdapterError(
+                    f"Adapters are given for {len(names)} rows, but the batch has {rows}. Give one name a row, None "
+                    "for the plain base."
+                )
+            each = [name for name in names for _ in range(times)]
+            places = {name: [row for row, other in enumerate(each) if other == name] for name in chosen}
             plans = [(places[name], Plan.of(adapter.lower())) for name, adapter in chosen.items()]
-            return Plan.by_rows(plans, len(names), self.sites)
+            return Plan.by_rows(plans, len(each), self.sites)
 
-        with self._execution.acting(lower):
+        with self._execution.acting(lower), self._execution.generation_of(self.model), self._using(names):
             yield self
+
+    @contextlib.contextmanager
+    def _using(self, names: Sequence[str | None]) -> Iterator[None]:
+        before, self._in_use = self._in_use, [*self._in_use, *names]
+        try:
+            yield
+        finally:
+            self._in_use = before
 
     def activate(self, name: str | None) -> None:
         """Run the base with one adapter from now on, also in code that knows nothing of veneer; None ends it."""
         self._execution.lower = self._lowering(name)
-        self._execution.plan = Plan()
         self.active = name
 
-    def _lowering(self, name: str | None) -> Callable[[], Plan] | None:
+    def _lowering(self, name: str | None) -> Lower | None:
         if name is None:
             return None
         adapter = self[name]
-        return lambda: Plan.of(adapter.lower())
+        return lambda rows: Plan.of(adapter.lower())
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in backward instead of keeping them, with the plan the forward ran with.
@@ -268,8 +304,10 @@ class Base(Pretrained):
         self._execution.configs = self._configs()
         # Generation calls the encoder of an encoder-decoder by itself.
         encoder, decoder = self._encoder_decoder()
-        roots = (self.model, self.backbone, encoder, decoder)
-        handles = install(self._execution, {root for root in roots if root is not None})
+        roots = {self.model, self.backbone, encoder, decoder, *self._towers()} - {None}
+        handles = install(self._execution, roots)  # type: ignore[arg-type]
+        modules = list(self.model.modules())
+        self._execution.checkpointed = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         if self.sites.token_embedding is not None:
             hooks = TokenHooks(self._execution)
             handles += hooks.install(encoder or self.model, self.sites.token_embedding, decoder)
@@ -284,6 +322,12 @@ class Base(Pretrained):
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return None, None
         return self.model.get_encoder(), self.model.get_decoder()  # type: ignore[operator]
+
+    def _towers(self) -> list[nn.Module]:
+        """Models inside the model that are called by themselves (CLIP's for text and for images)."""
+        config = type(getattr(self.model, "config", None))
+        inner = (module for module in self.model.modules() if hasattr(module, "config") and module is not self.model)
+        return [module for module in inner if type(module.config) is not config and hasattr(module, "main_input_name")]
 
     def _configs(self) -> list[Any]:
         """All config objects in the model, each once: every one of them names an attention implementation."""

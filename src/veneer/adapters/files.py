@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,11 +120,12 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     cls = _method_class(path, config, record)
     if cls.peft_prefix != PREFIX:
         state = {_under(PREFIX, key, cls.peft_prefix): tensor for key, tensor in state.items()}
-    state = dict(cls.read(state, config))
+    own = (".base_layer.weight", ".base_layer.bias")  # peft writes an adapted embedding's own weight along
+    state = {key: tensor for key, tensor in cls.read(state, config).items() if not key.endswith(own)}
     in_full = tuple(config.get("modules_to_save") or ())
     modules = _modules_in_full(state, in_full)
     adapter = base.attach(
-        _method(cls, config, record, base, state),
+        _method(cls, config, record, base, [key for key in state if not _is_in_full(key, in_full)]),
         name or _name(path),
         task=record.get("task", {"peft_task_type": config.get("task_type")}),
     )
@@ -147,13 +148,16 @@ def _name(path: Path) -> str:
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     config: dict[str, Any] = {
         "peft_type": adapter.method.peft_type,
-        "task_type": adapter.task.get("peft_task_type"),
         "base_model_name_or_path": adapter.base.name,
         "revision": adapter.base.revision,
         "inference_mode": True,
         "modules_to_save": sorted(adapter.modules_in_full) or None,
     }
-    return config | adapter.method.to_peft(adapter.sites, adapter.base.sites)
+    fields = adapter.method.to_peft(adapter.sites, adapter.base.sites)
+    if any(getattr(site, "parameter", None) and not site.count for site in adapter.sites):
+        # peft would act on the modules it can wrap, and leave these out without a word.
+        fields["peft_type"] = f"VENEER_{adapter.method.name.upper().replace('-', '_')}"
+    return config | {"task_type": adapter.task.get("peft_task_type"), **fields}
 
 
 def _record(adapter: Adapter, weights_hash: str) -> dict[str, Any]:
@@ -228,7 +232,7 @@ def _method_class(path: Path, config: Mapping[str, Any], record: Mapping[str, An
 
 
 def _method(
-    cls: type[Method], config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Mapping[str, Tensor]
+    cls: type[Method], config: Mapping[str, Any], record: Mapping[str, Any], base: Base, state: Sequence[str]
 ) -> Method:
     if "method" in record:
         return method_from_config(record["method"])
@@ -243,9 +247,14 @@ def _modules_in_full(state: Mapping[str, Tensor], in_full: tuple[str, ...]) -> d
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-        if any(f".{path}.".find(f".{name}.") >= 0 for name in in_full):
+        if _is_in_full(key, in_full):
             found.setdefault(path, {})[leaf] = tensor
     return found
+
+
+def _is_in_full(key: str, in_full: tuple[str, ...]) -> bool:
+    path = key.removeprefix(PREFIX).rpartition(".")[0]
+    return any(f".{name}." in f".{path}." for name in in_full)
 
 
 def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:

@@ -93,11 +93,10 @@ class PositionHooks:
 
 
 def _shifted(positions: Tensor, lengths: Tensor) -> Tensor:
-    """Positions ``[1 or rows · beams, n]`` (or ``[n]``) plus each row's length."""
+    """Positions ``[1 or rows, n]`` (or ``[n]``) plus each row's length."""
     if lengths.numel() == 1:
         return positions + int(lengths)
-    times = max(len(positions) // len(lengths), 1) if positions.dim() > 1 else 1
-    return positions + lengths.to(positions.device).repeat_interleave(times, 0)
+    return positions + lengths.to(positions.device)
 
 
 def _signature(module: nn.Module) -> Iterable[str]:
@@ -147,8 +146,9 @@ def _attention(name: str) -> Callable[..., Any]:
             return run(module, query, key, value, attention_mask, **kwargs)
         rows = prefix if isinstance(prefix, Sequence) else [prefix]
         keys, values, there = padded(rows, key.dtype)
-        times = len(key) // len(rows)
-        keys, values, there = (each.repeat_interleave(times, 0) for each in (keys, values, there))
+        if len(rows) not in (1, len(key)):
+            raise AdapterError(f"Adapters are given for {len(rows)} rows, but an attention layer sees {len(key)}.")
+        keys, values, there = (each.expand(len(key), *each.shape[1:]) for each in (keys, values, there))
         mask = _extended(attention_mask, there, query, key, _causal(module, kwargs))
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = _nearer(mark.distances, bias, keys.shape[2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.execution import Execution
 from veneer.bases.families import Split
-from veneer.deltas.rows import repeated
+from veneer.deltas.rows import repeated, runs
 
 
 class SplitHooks:
@@ -39,7 +39,7 @@ class SplitHooks:
         given, axes = bound.arguments, self.split.inputs
         name, axis = next((name, axis) for name, axis in axes.items() if given.get(name) is not None)
         seen, device = given[name].shape[axis], given[name].device
-        times = seen // plan.rows
+        times = runs(given[name], axis, plan.rows)
         for rows, part in groups:
             index = repeated(rows, times, device)
             mine = {

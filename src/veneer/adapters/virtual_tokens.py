@@ -54,7 +54,9 @@ class TokenHooks:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         ids = given.get("input_ids")
-        if ids is None:
+        if ids is None and given.get("inputs_embeds") is not None:
+            raise AdapterError("Virtual tokens go before ids; pass input_ids instead of inputs_embeds.")
+        if ids is None:  # a decoder that goes on from the encoder's states
             return None
         rows, past = self._rows(len(ids)), given.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0
@@ -120,8 +122,10 @@ class TokenHooks:
     def _rows(self, seen: int) -> list[Tokens | None]:
         """The virtual tokens of each row the module sees."""
         tokens = self.execution.plan.tokens
-        rows = list(tokens) if isinstance(tokens, Sequence) else [tokens]
-        return [row for row in rows for _ in range(seen // len(rows))]
+        rows = list(tokens) if isinstance(tokens, Sequence) else [tokens] * seen
+        if len(rows) != seen:
+            raise AdapterError(f"Adapters are given for {len(rows)} rows, but the batch has {seen}.")
+        return rows
 
 
 def _not_padding(reader: nn.Module) -> int:

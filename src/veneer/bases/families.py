@@ -74,6 +74,33 @@ _SPLITS = {
 _BARE = {"XLNetRelativeAttention": {"q": True, "k": True, "v": True, "o": False, "r": True}}
 
 
+def positions_first(model: object) -> bool:
+    """Whether the layers see ``[positions, rows, …]`` (XLNet's)."""
+    return type(model).__name__.startswith("XLNet")
+
+
+def is_never_called(path: str) -> bool:
+    """Whether the module at ``path`` holds a table that others read, so that nothing can act there: T5's and BART's
+    shared embedding, whose copies are called; DeBERTa's relative positions."""
+    return path.rpartition(".")[2] in ("shared", "rel_embeddings")
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
+def peft_task(class_name: str) -> str | None:
+    """peft's word for the task that a class of transformers' models is for."""
+    return next((task for ending, task in _TASKS.items() if class_name.endswith(ending)), None)
+
+
 def split_of(module: object) -> Split | None:
     """How to split the rows of this attention module, if they can't be mixed inside it."""
     return _SPLITS.get(type(module).__name__)

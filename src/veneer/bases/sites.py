@@ -8,7 +8,7 @@ role, and can be picked by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,9 @@ from veneer.bases.families import (
     branch_output,
     counts_positions,
     is_cross_attention,
+    is_never_called,
+    peft_task,
+    positions_first,
     role_of,
     split_of,
     stack_of,
@@ -124,7 +127,11 @@ class SiteMap(Sequence[Site]):
         self._modules = dict(model.named_modules())
         self._model = model
         self.token_embedding = _input_embedding(model)
-        inside = {path: module for path, module in self._modules.items() if path and id(module) not in skip}
+        inside = {
+            path: module
+            for path, module in self._modules.items()
+            if path and id(module) not in skip and not is_never_called(path)
+        }
         self._everything = [site for path, module in inside.items() for site in _sites(path, module)]
         self._sites = [site for site in self._everything if site.kind == "linear"]
         self._by_path = {site.path: site for site in self._everything}
@@ -193,6 +200,11 @@ class SiteMap(Sequence[Site]):
         found = {path: split for path, module in self._modules.items() if (split := split_of(module)) is not None}
         return found | {site.module: _EXPERTS for site in self._everything if site.kind == EXPERTS}
 
+    @property
+    def peft_task(self) -> str | None:
+        """What peft calls the task this model's class is for."""
+        return peft_task(type(self._model).__name__)
+
     def distances(self, path: str) -> nn.Module | None:
         """The module that biases attention at ``path`` by distance, where the layers of a stack share one."""
         stack = stack_of(path)
@@ -208,7 +220,7 @@ class SiteMap(Sequence[Site]):
 
     def row_axis(self, path: str) -> int:
         """Which axis of the module's input is the batch."""
-        return 1 if "rel_attn" in path or ".ff.layer_" in path else 0  # XLNet has the positions first
+        return 1 if positions_first(self._model) and ("." + path).startswith(".transformer.") else 0
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -220,34 +232,41 @@ class SiteMap(Sequence[Site]):
         return iter(self._sites)
 
     def resolve(
-        self, targets: str | Sequence[str], *, exclude: Sequence[str] = (), layers: str | None = None
+        self,
+        targets: str | Sequence[str],
+        *,
+        exclude: str | Sequence[str] = (),
+        layers: str | None = None,
+        kinds: Collection[str] | None = None,
     ) -> list[Site]:
         """The sites that ``targets`` pick, in the model's order.
 
         A target is ``all-linear`` (every linear map inside the layers; in a model without layers, every one), a
         group (``attention``, ``mlp``, ``experts``), a role (``q``, ``up`` …), or a module's path or the end of one
         (``q_proj``, ``attention.self.query``), or a regular expression between slashes (``/layers\\.[02]\\./``) to be
-        found in the path. What ``exclude`` picks is left out, and so is what lies outside the slice ``layers``.
+        found in the path. What ``exclude`` picks is left out, and so is what lies outside the slice ``layers``. An
+        expression picks among the sites of these ``kinds`` only.
 
         Raises:
             TargetError: a target or an exclusion picks no site; the message names the nearest that would.
         """
-        chosen = self._union(targets) - (self._union(exclude) if exclude else set())
+        chosen = self._union(targets, kinds) - (self._union(exclude, kinds) if exclude else set())
         if layers is not None:
             chosen &= self._in_layers(layers)
         if not chosen:
             raise TargetError(
-                f"Nothing is left of targets {targets!r} after exclude={exclude!r} and layers={layers!r}."
+                f"Nothing is left of targets {targets!r} after exclude={exclude!r} and layers={layers!r}; this base "
+                f"has {self._layer_count} layers."
             )
         return [site for site in self._everything if site.path in chosen]
 
-    def _union(self, targets: str | Sequence[str]) -> set[str]:
+    def _union(self, targets: str | Sequence[str], kinds: Collection[str] | None) -> set[str]:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         if not wanted:
             raise TargetError("No targets given; 'all-linear' picks every linear map inside the layers.")
         chosen: set[str] = set()
         for target in wanted:
-            paths = self._matches(target)
+            paths = self._matches(target, kinds)
             if not paths:
                 raise TargetError(
                     f"Target {target!r} matches nothing in this base.{did_you_mean(target, self.words())} "
@@ -257,13 +276,16 @@ class SiteMap(Sequence[Site]):
         return chosen
 
     def _in_layers(self, layers: str) -> set[str]:
-        count = 1 + max((site.layer for site in self._everything if site.layer is not None), default=-1)
         try:
             start, stop = (int(end) if end.strip() else None for end in layers.split(":"))
         except ValueError:
             raise TargetError(f'layers={layers!r} is no slice; write "0:6", "8:" or "-4:".') from None
-        inside = range(count)[start:stop]
+        inside = range(self._layer_count)[start:stop]
         return {site.path for site in self._everything if site.layer in inside}
+
+    @property
+    def _layer_count(self) -> int:
+        return 1 + max((site.layer for site in self._everything if site.layer is not None), default=-1)
 
     def words(self) -> list[str]:
         """The words that pick something here: groups, roles and the last parts of module names."""
@@ -285,11 +307,12 @@ class SiteMap(Sequence[Site]):
                 return sorted(names)
         return sorted(wanted)
 
-    def _matches(self, target: str) -> list[str]:
+    def _matches(self, target: str, kinds: Collection[str] | None) -> list[str]:
         if target in self._by_path:
             return [target]
         if _is_expression(target):
-            return [site.path for site in self._everything if site.answers_to(target)]
+            fitting = (site for site in self._everything if kinds is None or site.kind in kinds)
+            return [site.path for site in fitting if site.answers_to(target)]
         if target == ALL_LINEAR:
             inside = [site.path for site in self._sites if site.layer is not None]
             return inside or [site.path for site in self._sites]

@@ -45,7 +45,10 @@ def methods_(
         print_json({"name": cls.name, "summary": cls.summary, "settings": cls.model_json_schema()["properties"]})
         return
     console.print(inspect.getdoc(sys.modules[cls.__module__]) or cls.summary, markup=False)
-    fields = [(field, str(info.default), info.description or "") for field, info in cls.model_fields.items()]
+    fields = [
+        (field, str(info.get_default(call_default_factory=True)), info.description or "")
+        for field, info in cls.model_fields.items()
+    ]
     if fields:
         console.print()
         console.print(table(("setting", "default", "meaning"), fields))

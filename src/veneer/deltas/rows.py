@@ -27,8 +27,7 @@ class Rows(Delta):
 
     Args:
         groups: which rows each delta is for.
-        count: how many rows the batch has. A module that sees a multiple of it sees each row several times in a
-            run (beams, or positions flattened into the batch).
+        count: how many rows the batch has.
         axis: of the batch, in what the module sees.
     """
 
@@ -43,33 +42,23 @@ class Rows(Delta):
     def apply_rows(self, x: Tensor, y: Tensor, rerun: Rerun) -> Tensor:
         """Each group's own change of the output; ``x`` is the input before `before`."""
         out = y.transpose(0, self.axis)
+        times = runs(x, self.axis, self.count)
         x = x.transpose(0, self.axis)
-        times = self._times(len(out))
         for rows, delta in self._together(times, out.device):
             mine, there = x.index_select(0, rows), out.index_select(0, rows)
             if delta.swaps:
-                again = rerun(delta, delta.before(mine).transpose(0, self.axis)).transpose(0, self.axis)
-                there = again
-            new = delta.apply(mine, there)
-            out = out.index_copy(0, rows, new)
+                there = rerun(delta, delta.before(mine).transpose(0, self.axis)).transpose(0, self.axis)
+            out = out.index_copy(0, rows, delta.apply(mine, there))
         return out.transpose(0, self.axis)
 
     def _each(self, x: Tensor, change: Callable[[Delta, Tensor], Tensor]) -> Tensor:
         if all(type(delta).before is Delta.before for _, delta in self.groups):
             return x
         out = x.transpose(0, self.axis)
-        for rows, delta in self._together(self._times(len(out)), out.device):
+        for rows, delta in self._together(runs(x, self.axis, self.count), out.device):
             if not delta.swaps:
                 out = out.index_copy(0, rows, change(delta, out.index_select(0, rows)))
         return out.transpose(0, self.axis)
-
-    def _times(self, seen: int) -> int:
-        if seen % self.count:
-            raise AdapterError(
-                f"Adapters are given for {self.count} rows, but the module sees a batch of {seen}. Give one name a "
-                "row. (Where a base computes something once for all rows, as relative positions, they can't be mixed.)"
-            )
-        return seen // self.count
 
     def _together(self, times: int, device: torch.device) -> Sequence[tuple[Tensor, Delta]]:
         """Groups as row indices and deltas, those of one form as one where the form can."""
@@ -87,6 +76,24 @@ class Rows(Delta):
                     continue
             result += zip(indices, (delta for _, delta in groups), strict=True)
         return result
+
+
+def runs(x: Tensor, axis: int, count: int) -> int:
+    """How many times each of ``count`` rows comes in a run along an axis of ``x``: once, or once a position where rows
+    and positions are flattened into one axis.
+
+    Raises:
+        AdapterError: the axis is not one of these rows.
+    """
+    seen = x.shape[axis]
+    if seen == count:
+        return 1
+    if x.dim() == 2 and x.is_floating_point() and seen % count == 0:
+        return seen // count
+    raise AdapterError(
+        f"Adapters are given for {count} rows, but a module sees a batch of {seen}. (Where a base computes something "
+        "once for all rows, adapters can't differ there: give all rows the same, or leave that module out.)"
+    )
 
 
 def repeated(rows: Sequence[int], times: int, device: torch.device) -> Tensor:

@@ -69,7 +69,10 @@ class Method(BaseModel):
     peft_names: ClassVar[Mapping[str, str]] = {}
     """peft's spelling of a field -> ours."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *unnamed: Any, **settings: Any) -> None:
+        if unnamed:
+            names = ", ".join(f"{name}=…" for name in type(self).model_fields)
+            raise ConfigError(f"{type(self).__name__} takes its settings by name ({names}), not {unnamed[0]!r}.")
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -111,7 +114,7 @@ class Method(BaseModel):
                 continue
             known = ", ".join(cls.model_fields)
             hint = f" It is called method.{cls.peft_names[key]} here." if key in cls.peft_names else ""
-            hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else "")
+            hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else " It has none.")
             found.append(f"method.{key}: unknown setting of {cls.name}.{hint}")
         return found
 

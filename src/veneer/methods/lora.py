@@ -100,12 +100,19 @@ class LoRA(Targeted):
         """
         found = super().sites(sites)
         for rank in {self.rank_at(site) for site in found}:
-            most = max(min(site.in_features, site.out_features) for site in found if self.rank_at(site) == rank)
+            most = max(
+                min(site.in_features * math.prod(site.kernel), site.out_features)
+                for site in found
+                if self.rank_at(site) == rank
+            )
             if rank > most:
                 raise TargetError(f"rank {rank} is more than these maps can have, which is {most}; LoRA uses 4 to 128.")
         for word in (*self.rank_pattern, *self.alpha_pattern):
             if not any(site.answers_to(word) for site in found):
-                raise TargetError(f"The pattern {word!r} picks none of the targets.{did_you_mean(word, sites.words())}")
+                words = {
+                    word for site in found for word in (site.role, site.group, site.path.rpartition(".")[2]) if word
+                }
+                raise TargetError(f"The pattern {word!r} picks none of the targets.{did_you_mean(word, words)}")
         bare = [site.path for site in found if site.parameter is not None]
         if self.dropout and bare:
             raise TargetError(

@@ -12,7 +12,6 @@ product of width β per map.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Rotate
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, TargetError
 from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
@@ -37,11 +36,29 @@ class OFT(Targeted):
     peft_names: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size", "target_modules": "targets"}
 
     block_size: int = Field(32, ge=2)
-    """Size β of the blocks; made smaller where it does not divide a map's input width."""
+    """Size β of the blocks; where it does not divide a map's input width, the next smaller size that does."""
+
+    def sites(self, sites: SiteMap) -> Sequence[Site]:
+        """The maps that `targets` pick.
+
+        Raises:
+            TargetError: the input width of one has no divisor that would do.
+        """
+        found = super().sites(sites)
+        if odd := [site for site in found if self._block(site) == 1]:
+            raise TargetError(
+                f"No block_size from 2 to {self.block_size} divides {odd[0].in_features}, the input width of "
+                f"{odd[0].path}; raise block_size, or leave that map out."
+            )
+        return found
+
+    def _block(self, site: Site) -> int:
+        sizes = range(min(self.block_size, site.in_features), 0, -1)
+        return next(size for size in sizes if site.in_features % size == 0)
 
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The entries above the diagonals of Q, ``[k, β(β − 1)/2]``, zero."""
-        block = math.gcd(self.block_size, site.in_features)
+        block = self._block(site)
         return {"oft_R.weight": torch.zeros(site.in_features // block, block * (block - 1) // 2)}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
@@ -59,7 +76,10 @@ class OFT(Targeted):
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With the exact transform asked for."""
+        # peft has other rules where a size doesn't divide.
+        odd = any(self._block(site) != self.block_size for site in sites)
         return {
+            **({"peft_type": "VENEER_OFT"} if odd else {}),
             "r": 0,
             "oft_block_size": self.block_size,
             "target_modules": site_map.shortest_names(sites),

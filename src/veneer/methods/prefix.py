@@ -78,6 +78,7 @@ class Prefix(Method):
         ours_alone = {"peft_type": "VENEER_PREFIX"} if self.where == "everywhere" and sites[0].part else {}
         return {
             **ours_alone,
+            "task_type": site_map.peft_task,  # without which peft would load it and leave it out
             "num_virtual_tokens": self.length,
             "num_layers": len(sites),
             "token_dim": width,

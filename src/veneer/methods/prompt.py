@@ -67,6 +67,7 @@ class Prompt(Method):
     def to_peft(self, sites: Sequence[Any], site_map: SiteMap) -> dict[str, Any]:
         """With the sizes peft makes its table by."""
         return {
+            "task_type": site_map.peft_task,  # without which peft would load it and leave it out
             "num_virtual_tokens": self.length,
             "token_dim": sites[0].out_features,
             "num_transformer_submodules": 1,

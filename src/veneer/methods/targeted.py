@@ -20,7 +20,7 @@ class Targeted(Method):
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Where: all-linear, attention, mlp, experts, roles (q, k, v, o, up, gate, down), module names, or
     /regular expressions/."""
-    exclude: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
     """Where not, in the same words."""
     layers: str | None = None
     """Which layers, as a slice: "8:" all from the ninth on, "-4:" the last four, "0:6" the first six."""
@@ -32,11 +32,11 @@ class Targeted(Method):
             TargetError: a word picks nothing, or all together leave nothing, or what they pick is of a kind the
                 method doesn't act on.
         """
-        found = sites.resolve(self.targets, exclude=self.exclude, layers=self.layers)
+        found = sites.resolve(self.targets, exclude=self.exclude, layers=self.layers, kinds=self.kinds)
         if other := [site for site in found if site.kind not in self.kinds]:
             raise TargetError(
-                f"{self.name} acts on {' and '.join(self.kinds)} maps only, and {other[0].path} is of kind "
-                f"{other[0].kind}. Leave it out of `targets`, or take lora, which acts on every kind but norms."
+                f"{self.name} acts on sites of kind {', '.join(self.kinds)} only, and {other[0].path} is of kind "
+                f"{other[0].kind}; leave it out of `targets`."
             )
         return found
 
