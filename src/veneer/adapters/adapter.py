@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases import Site
+from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import bare, parameters_of, stored, weight_of
 from veneer.deltas import AtParameter, Delta, Replace, Stack
 from veneer.errors import AdapterError
@@ -242,7 +243,7 @@ def _names_in_files(sites: Sequence[Any]) -> dict[str, str]:
 
 def _is_tied(model: nn.Module) -> bool:
     """Whether the output projection has the input embedding's weight."""
-    into, out = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output"))
+    into, out = input_embedding_of(model), getattr(model, "get_output_embeddings", lambda: None)()
     return into is not None and out is not None and into.weight is out.weight
 
 

@@ -126,7 +126,7 @@ class SiteMap(Sequence[Site]):
         skip = {id(module) for module in self.heads.values()}
         self._modules = dict(model.named_modules())
         self._model = model
-        self.token_embedding = _input_embedding(model)
+        self.token_embedding = input_embedding_of(model)
         inside = {
             path: module
             for path, module in self._modules.items()
@@ -321,7 +321,8 @@ class SiteMap(Sequence[Site]):
         return named or [site.path for site in self._everything if site.answers_to(target)]
 
 
-def _input_embedding(model: nn.Module) -> nn.Module | None:
+def input_embedding_of(model: nn.Module) -> nn.Module | None:
+    """The embedding of the input ids, if the model reads ids."""
     try:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             model = model.get_encoder()  # type: ignore[operator]
