@@ -27,6 +27,7 @@ class Contract:
 
 CONTRACTS = {
     "bitfit": Contract(),
+    "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
     "hira": Contract({"rank": 3}),
     "houlsby": Contract({"bottleneck": 5}, merges=False),
@@ -36,6 +37,7 @@ CONTRACTS = {
     "lora": Contract({"rank": 3, "alpha": 7}),
     "norm": Contract(),
     "oft": Contract({"block_size": 8}, identity="rounding"),
+    "pfeiffer": Contract({"reduction": 6}, merges=False),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),

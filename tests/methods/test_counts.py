@@ -43,6 +43,13 @@ BART_LARGE = T.BartConfig()
         (T.BertModel, BERT_LARGE, "houlsby", {"bottleneck": 64}, 6_343_680),
         # with m = 24, reduction 32; the published 1,855,104 less its 47,616 trained norm weights
         (T.T5ForConditionalGeneration, T5_BASE, "houlsby", {"bottleneck": 24}, 1_855_104 - 47_616),
+        (T.T5ForConditionalGeneration, T5_BASE, "pfeiffer", {"reduction": 32}, 951_360 - 47_616),
+        (T.T5ForConditionalGeneration, T5_BASE, "compacter", {}, 161_728 - 47_616),
+        (T.T5ForConditionalGeneration, T5_BASE, "compacter", {"places": "mlp"}, 104_704 - 47_616),
+        (T.LlamaModel, LLAMA_7B, "dora", {"rank": 32, "targets": ["q", "k", "v", "up", "down"]}, 56_975_360),
+        (T.RobertaModel, T.RobertaConfig(vocab_size=50265), "vera", {"rank": 1024, "targets": ["q", "v"]}, 43_008),
+        (T.RobertaModel, ROBERTA_LARGE, "vera", {"rank": 256, "targets": ["q", "v"]}, 61_440),
+        (T.T5ForConditionalGeneration, T0_3B, "norm", {}, 249_856),
         (T.BertModel, T.BertConfig(), "bitfit", {}, 102_144),
         (T.BertModel, BERT_LARGE, "bitfit", {}, 271_360),
         (T.T5ForConditionalGeneration, T0_3B, "ia3", {}, 540_672),

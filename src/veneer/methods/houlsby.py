@@ -52,9 +52,13 @@ class Houlsby(Method):
             raise TargetError("This base has no residual branches that veneer knows to put bottlenecks after.")
         return found
 
+    def width(self, site: Site) -> int:
+        """m at a site."""
+        return self.bottleneck
+
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Down normal(0.02), up zero, biases zero."""
-        m, d = self.bottleneck, site.out_features
+        m, d = self.width(site), site.out_features
         return {
             "adapter_down.weight": torch.randn(m, d, generator=generator) * 0.02,
             "adapter_down.bias": torch.zeros(m),
