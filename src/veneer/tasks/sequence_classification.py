@@ -95,7 +95,18 @@ class SequenceClassification(Task):
         """
         ids = tokenizer(row["text"])["input_ids"]
         kept = tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
-        return [{"input_ids": kept, "labels": self._index(row["label"]), "truncated": len(kept) < len(ids)}]
+        told = {"given": len(ids), "learned": 0, "truncated": len(kept) < len(ids)}
+        return [{"input_ids": kept, "labels": self._index(row["label"]), **told}]
+
+    def pieces(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+        """The tokens of the text as text, and the label."""
+        ids = tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
+        return [(tokenizer.decode(ids), False), (f" → label {row['label']}", True)]
+
+    def unknown_label(self, row: Mapping[str, Any]) -> str | None:
+        """The row's label, if it is none of `labels`."""
+        name = str(row["label"])
+        return None if name in self.labels else name
 
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Pad on the right: ``input_ids``, ``attention_mask`` ``[rows, tokens]``; ``labels`` ``[rows]``."""
