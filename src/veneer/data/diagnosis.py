@@ -114,7 +114,9 @@ def _json_problem(path: Path) -> str | None:
     except json.JSONDecodeError as broken:
         line = text.splitlines()[broken.lineno - 1] if broken.lineno <= len(text.splitlines()) else ""
         cut = _cut_off(text, broken.pos)
-        return f"{path}, line {broken.lineno}: malformed JSON ({broken.msg}, column {broken.colno}){cut}: {_short(line)}"
+        return (
+            f"{path}, line {broken.lineno}: malformed JSON ({broken.msg}, column {broken.colno}){cut}: {_short(line)}"
+        )
     wrong = [number for number, value in enumerate(values, start=1) if not isinstance(value, dict)]
     return f"{path}, row {wrong[0]}: not a JSON object." if wrong else None
 
@@ -125,11 +127,14 @@ def _json_lines_problem(path: Path) -> str | None:
             value = json.loads(record.text)
         except json.JSONDecodeError as broken:
             cut = "" if record.text.endswith("\n") else _cut_off(record.text, broken.pos)
-            where = f"{path}, line {record.line}"
-            return f"{where}: malformed JSON ({broken.msg}, column {broken.colno}){cut}: {_short(record.text)}"
+            return _malformed(path, record.line, broken, cut, record.text)
         if not isinstance(value, dict):
             return f"{path}, line {record.line}: not a JSON object: {_short(record.text)}"
     return None
+
+
+def _malformed(path: Path, number: int, broken: json.JSONDecodeError, cut: str, line: str) -> str:
+    return f"{path}, line {number}: malformed JSON ({broken.msg}, column {broken.colno}){cut}: {_short(line)}"
 
 
 def _cut_off(text: str, position: int) -> str:

@@ -4,8 +4,8 @@ Two texts are near duplicates when their sets of shingles (runs of 8 bytes of th
 made even) have a Jaccard similarity of at least `SIMILAR`. Candidates come from MinHash signatures in bands (Broder
 1997; Leskovec, Rajaraman & Ullman, *Mining of Massive Datasets*, ch. 3): 8 bands of 4, so that a pair of similarity
 0.8 is looked at with 98 %, one of 0.9 with 99.98 %; every candidate's similarity is then computed exactly, so nothing
-is called a duplicate that isn't. Shingles that many rows share, such as those of a prompt's fixed wording, say nothing about
-two of them and are left out.
+is called a duplicate that isn't. Shingles that many rows share, such as those of a prompt's fixed wording, say
+nothing about two of them and are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 SIMILAR = 0.8
 MOST = 100_000
-"""Near duplicates are looked for among this many rows; of more, an even sample."""
+"""Near duplicates are looked for among this many rows at most."""
 
 _WIDTH = 8
 _BANDS, _ROWS = 8, 4
@@ -33,18 +33,20 @@ _CHUNK = 2000
 _Hashes = NDArray[numpy.uint64]
 
 
-def exact(texts: Sequence[str], among: Sequence[str] | None = None) -> dict[int, int]:
-    """Index of a text -> index of the first one equal to it: earlier in ``texts``, or anywhere in ``among``."""
-    first: dict[bytes, int] = {}
-    for index, text in enumerate(among or ()):
-        first.setdefault(_digest(text), index)
-    found = {}
-    for index, text in enumerate(texts):
-        key = _digest(text)
-        if key in first:
-            found[index] = first[key]
+def digest(text: str) -> bytes:
+    """What stands for a text where only equality counts."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def exact(digests: Sequence[bytes], among: Sequence[bytes] | None = None) -> list[int]:
+    """Indices of texts equal to an earlier one; or to any of ``among``, if that is given."""
+    seen = set(among or ())
+    found = []
+    for index, key in enumerate(digests):
+        if key in seen:
+            found.append(index)
         elif among is None:
-            first[key] = index
+            seen.add(key)
     return found
 
 
@@ -52,7 +54,7 @@ def near(texts: Sequence[str], among: Sequence[str] | None = None) -> dict[int, 
     """Index of a text -> index of one nearly, but not exactly equal to it: earlier in ``texts``, or in ``among``."""
     everything = [*(among or ()), *texts]
     start = len(everything) - len(texts)
-    chosen = _distinct(everything, start)
+    chosen = _distinct(everything)
     shingles = _Shingles([everything[index] for index in chosen])
     found: dict[int, int] = {}
     for earlier, later in _candidates(shingles.signatures()):
@@ -64,21 +66,15 @@ def near(texts: Sequence[str], among: Sequence[str] | None = None) -> dict[int, 
     return found
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def sample(rows: int) -> list[int]:
+    """Indices of the rows to look for near duplicates among: all of them, or evenly spread ones if they are many."""
+    return list(range(rows)) if rows <= MOST else numpy.linspace(0, rows - 1, MOST).astype(int).tolist()
 
 
-def _distinct(texts: Sequence[str], start: int) -> NDArray[numpy.int64]:
-    """Indices of the texts that differ from all before (those before ``start`` apart), at most `MOST` of them."""
-    seen: set[tuple[bool, bytes]] = set()
-    kept = []
-    for index, text in enumerate(texts):
-        key = (index < start, _digest(text))
-        if key not in seen and (index < start or (True, key[1]) not in seen):
-            seen.add(key)
-            kept.append(index)
-    if len(kept) > MOST:
-        kept = [kept[i] for i in numpy.linspace(0, len(kept) - 1, MOST).astype(int)]
+def _distinct(texts: Sequence[str]) -> NDArray[numpy.int64]:
+    """Indices of the texts that differ from all before."""
+    repeated = set(exact([digest(text) for text in texts]))
+    kept = [index for index in range(len(texts)) if index not in repeated]
     return numpy.array(kept, dtype=numpy.int64)
 
 
@@ -142,7 +138,7 @@ def _scrambled(values: _Hashes) -> _Hashes:
 
 
 def _candidates(signatures: _Hashes) -> Iterator[tuple[int, int]]:
-    """Pairs that agree in a whole band, the earlier first; of many that agree, each with the first and the one before."""
+    """Pairs that agree in a whole band, the earlier first: each row with the first such one and the one before."""
     for band in range(_BANDS):
         part = signatures[:, band * _ROWS : (band + 1) * _ROWS]
         key = _scrambled(part[:, 0])

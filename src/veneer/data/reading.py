@@ -61,7 +61,7 @@ def read(
         DataError: nothing is there, it cannot be parsed, or a row is wrong; says which file and row.
         FetchError: it has to be downloaded and cannot be.
     """
-    if _is_mixture(source):
+    if isinstance(source, list | tuple) and _is_mixture(source):
         rows = _mixed([read(part, split=split, columns=columns, check=check) for part in source])
     else:
         rows = read_raw(source, split=split, columns=columns)
@@ -113,6 +113,13 @@ def read_raw(source: Any, *, split: str = "train", columns: Mapping[str, str] | 
     return _renamed(_load(str(source), split), columns, str(source))
 
 
+def each(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows one by one; a good deal faster than iterating over the data set."""
+    for batch in rows.iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
 def file_of(source: str, split: str = "train") -> Path:
     """The data file a name leads to: itself, or a catalogued data set's.
 
@@ -130,7 +137,7 @@ def file_of(source: str, split: str = "train") -> Path:
 
 def _check_rows(rows: Dataset, format: Format, source: Any, split: str) -> None:
     wrong: dict[int, str] = {}
-    for index, problem in problems(rows, format):
+    for index, problem in problems(each(rows), format):
         wrong.setdefault(index, problem)
     if not wrong:
         return
@@ -145,6 +152,8 @@ def _check_rows(rows: Dataset, format: Format, source: Any, split: str) -> None:
 def _numbered(rows: Dataset) -> Dataset:
     import numpy
 
+    if NUMBER in rows.column_names:
+        rows = rows.remove_columns(NUMBER)
     return rows.add_column(NUMBER, numpy.arange(len(rows)))
 
 
@@ -156,7 +165,7 @@ def _name(source: Any) -> str:
 
 def _files(source: Any, split: str) -> list[tuple[str, Path | None, int]]:
     """What `read` reads, in its order: name, file (None where there is none), number of rows."""
-    if _is_mixture(source):
+    if isinstance(source, list | tuple) and _is_mixture(source):
         return [file for part in source for file in _files(part, split)]
     if isinstance(source, Mapping):
         return _files(source["path"], source.get("split") or split)
@@ -169,8 +178,8 @@ def _files(source: Any, split: str) -> list[tuple[str, Path | None, int]]:
     return [(_name(source), None, len(read_raw(source, split=split)))]
 
 
-def _is_mixture(source: Any) -> bool:
-    return isinstance(source, list | tuple) and bool(source) and not _is_row(source[0])
+def _is_mixture(source: Sequence[Any]) -> bool:
+    return bool(source) and not _is_row(source[0])
 
 
 def _is_row(value: Any) -> bool:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from veneer.data import duplicates
 from veneer.data.formats import Format, asked_and_answered, detect
-from veneer.data.reading import NUMBER, places
-from veneer.data.records import told
+from veneer.data.reading import NUMBER, each, places
+from veneer.data.records import Place, told
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,10 +96,7 @@ class Part:
     def where(self, indices: Sequence[int] | NDArray[Any]) -> str:
         """These rows for people, by file and line."""
         if self.source is None or NUMBER not in self.rows.column_names:
-            numbers = ", ".join(str(int(index) + 1) for index in indices[:10])
-            return f"row{'s' * (len(indices) > 1)} {numbers}" + (
-                f" and {len(indices) - 10:,} more" if len(indices) > 10 else ""
-            )
+            return told([Place("the data", "row", int(index) + 1) for index in indices], len(indices))
         numbers = [int(number) for number in self.rows.select(indices[:_LISTED])[NUMBER]]
         found = places(self.source, sorted(numbers), split=self.split)
         return told(found, len(indices))
@@ -118,9 +115,11 @@ class PartReport:
         prompt_too_long: with a prompt that alone is longer than the longest length.
         exact_duplicates: equal to an earlier row.
         near_duplicates: nearly equal to an earlier one.
+        near_checked: looked at for near duplicates: all, or a sample of very many.
         empty_answers: with an answer of nothing.
         labels: label -> rows, for rows with labels.
         unseen_labels: label -> rows, for labels that training rows don't have.
+        conflicting: asking the same as an earlier row, with another label.
         overlap: asking the same as a training row.
         near_overlap: asking nearly the same.
     """
@@ -133,9 +132,11 @@ class PartReport:
     prompt_too_long: int | None
     exact_duplicates: int
     near_duplicates: int
+    near_checked: int
     empty_answers: int
     labels: dict[str, int] | None
     unseen_labels: dict[str, int]
+    conflicting: int
     overlap: int | None
     near_overlap: int | None
 
@@ -191,45 +192,89 @@ def report(parts: Sequence[Part], *, max_truncated: float = MAX_TRUNCATED, conte
         context: the base's longest input in tokens, if known.
     """
     format = detect(parts[0].rows.column_names)
-    texts = [[asked_and_answered(row, format) for row in part.rows] for part in parts]
-    trained = [asked for asked, _ in texts[0]]
+    training = _Texts.of(parts[0].rows, format)
     reports: dict[str, PartReport] = {}
     findings: list[Finding] = []
-    for part, pairs in zip(parts, texts, strict=True):
+    for part in parts:
         first = part is parts[0]
-        whole = ["\n".join(pair) for pair in pairs]
-        asked = [pair[0] for pair in pairs]
-        repeated = sorted(duplicates.exact(whole))
-        leaked = None if first else sorted(duplicates.exact(asked, trained))
-        nearly = sorted(duplicates.near(whole))
-        nearly_leaked = None if first else sorted(set(duplicates.near(asked, trained)) - set(leaked or ()))
-        empty = [index for index, (_, answer) in enumerate(pairs) if format is not Format.TEXT and not answer.strip()]
-        labels = Counter(answer for _, answer in pairs) if format is Format.TEXT_LABEL else None
-        tokens = part.tokens
-        too_long = None if tokens is None else numpy.flatnonzero((tokens.learned > 0) & (tokens.given >= tokens.limit))
+        texts = training if first else _Texts.of(part.rows, format)
+        repeated, nearly = duplicates.exact(texts.rows), texts.near()
+        leaked = None if first else duplicates.exact(texts.asked, training.asked)
+        nearly_leaked = None if first else sorted(set(texts.near(training)) - set(leaked or ()))
+        asked_again = set(duplicates.exact(texts.asked)) if texts.labels else set()
+        conflicting = sorted(asked_again - set(repeated))
         reports[part.name] = PartReport(
             rows=len(part.rows),
-            prompt=tokens and Lengths.of(tokens.given),
-            completion=tokens and Lengths.of(tokens.learned),
-            truncated=tokens and len(tokens.truncated),
-            dropped=tokens and len(tokens.dropped),
-            prompt_too_long=None if too_long is None else len(too_long),
+            **_counted(part.tokens),
             exact_duplicates=len(repeated),
             near_duplicates=len(nearly),
-            empty_answers=len(empty),
-            labels=labels and dict(labels.most_common()),
+            near_checked=len(texts.sample),
+            empty_answers=len(texts.empty),
+            labels=texts.labels and dict(texts.labels.most_common()),
             unseen_labels=dict(Counter(part.unknown.values())),
+            conflicting=len(conflicting),
             overlap=None if leaked is None else len(leaked),
             near_overlap=None if nearly_leaked is None else len(nearly_leaked),
         )
-        if tokens is not None:
-            findings += _lost(part, tokens, max_truncated, context)
+        if part.tokens is not None:
+            findings += _lost(part, part.tokens, max_truncated, context)
+            findings += _beyond(part, part.tokens, context)
         findings += _unseen(part)
         findings += _repeated(part, repeated, nearly)
         findings += _leaked(part, leaked or [], nearly_leaked or [], trained_on=parts[0].name)
-        findings += _answers(part, empty, labels if first else None)
+        findings += _answers(part, texts.empty, conflicting, texts.labels if first else None)
     limit = parts[0].tokens.limit if parts[0].tokens else None
     return DataReport(format.name.lower(), limit, reports, findings)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What a pass over the rows of a part brings; the texts themselves are kept of a sample only."""
+
+    rows: list[bytes]
+    asked: list[bytes]
+    empty: list[int]
+    labels: Counter[str] | None
+    sample: dict[int, tuple[str, str]]
+
+    @classmethod
+    def of(cls, rows: Dataset, format: Format) -> _Texts:
+        wanted = set(duplicates.sample(len(rows)))
+        result = cls([], [], [], Counter() if format is Format.TEXT_LABEL else None, {})
+        for index, row in enumerate(each(rows.select_columns(format.columns))):
+            asked, answer = asked_and_answered(row, format)
+            result.rows.append(duplicates.digest(f"{asked}\0{answer}"))
+            result.asked.append(duplicates.digest(asked))
+            if format is not Format.TEXT and not answer.strip():
+                result.empty.append(index)
+            if result.labels is not None:
+                result.labels[answer] += 1
+            if index in wanted:
+                result.sample[index] = (asked, answer)
+        return result
+
+    def near(self, training: _Texts | None = None) -> list[int]:
+        """Rows nearly equal to an earlier one; or asking nearly the same as one of training."""
+        if training is None:
+            found = duplicates.near(["\n".join(pair) for pair in self.sample.values()])
+        else:
+            asked, known = ([pair[0] for pair in of.sample.values()] for of in (self, training))
+            found = duplicates.near(asked, known)
+        indices = list(self.sample)
+        return sorted(indices[place] for place in found)
+
+
+def _counted(tokens: Tokens | None) -> dict[str, Any]:
+    if tokens is None:
+        return dict.fromkeys(("prompt", "completion", "truncated", "dropped", "prompt_too_long"))
+    too_long = (tokens.learned > 0) & (tokens.given >= tokens.limit)
+    return {
+        "prompt": Lengths.of(tokens.given),
+        "completion": Lengths.of(tokens.learned),
+        "truncated": len(tokens.truncated),
+        "dropped": len(tokens.dropped),
+        "prompt_too_long": int(too_long.sum()),
+    }
 
 
 def _lost(part: Part, tokens: Tokens, most: float, context: int | None) -> list[Finding]:
@@ -257,6 +302,20 @@ def _lost(part: Part, tokens: Tokens, most: float, context: int | None) -> list[
         message += f", or allow it with data.max_truncated={_rounded_up(share)} (it is {most:g})"
         return [Finding("error", "truncated", part.name, message + ".", refused=True)]
     return [Finding("warning", "truncated", part.name, message + ".")]
+
+
+def _beyond(part: Part, tokens: Tokens, context: int | None) -> list[Finding]:
+    """Rows the base would be given although they are longer than it reads."""
+    if context is None or tokens.limit <= context:
+        return []
+    beyond = numpy.flatnonzero(numpy.minimum(tokens.given + tokens.learned, tokens.limit) > context)
+    if not len(beyond):
+        return []
+    message = (
+        f"{len(beyond):,} rows have more than the {context:,} tokens the base can read ({part.where(beyond)}). "
+        f"Shorten or split them, or have them cut with task.max_length={context}."
+    )
+    return [Finding("error", "beyond_context", part.name, message, refused=True)]
 
 
 def _rounded_up(share: float) -> float:
@@ -299,8 +358,13 @@ def _leaked(part: Part, exact: Sequence[int], near: Sequence[int], trained_on: s
     return found
 
 
-def _answers(part: Part, empty: Sequence[int], labels: Counter[str] | None) -> list[Finding]:
+def _answers(
+    part: Part, empty: Sequence[int], conflicting: Sequence[int], labels: Counter[str] | None
+) -> list[Finding]:
     found = []
+    if conflicting:
+        message = f"{len(conflicting):,} rows repeat an earlier one with another label ({part.where(conflicting)})."
+        found.append(Finding("warning", "conflicting_labels", part.name, message))
     if empty:
         message = f"{len(empty):,} rows have an empty answer: only its end is learned ({part.where(empty)})."
         found.append(Finding("warning", "empty_answers", part.name, message))
@@ -329,6 +393,7 @@ def _lines(name: str, part: PartReport, limit: int | None) -> list[str]:
         "exact duplicates": part.exact_duplicates,
         "near duplicates": part.near_duplicates,
         "empty answers": part.empty_answers,
+        "with conflicting labels": part.conflicting,
         "also in training": part.overlap or 0,
         "nearly in training": part.near_overlap or 0,
     }

@@ -112,9 +112,9 @@ class Task(BaseModel):
     def pieces(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
         """A row as the model gets it, as text for people: pieces, and whether each is learned."""
 
-    def unknown_label(self, row: Mapping[str, Any]) -> str | None:
-        """The row's label, if it is none this task knows."""
-        return None
+    def unknown_labels(self, rows: Dataset) -> dict[int, str]:
+        """Index of a row -> its label, for labels this task doesn't know."""
+        return {}
 
     @abstractmethod
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
@@ -160,11 +160,12 @@ class Task(BaseModel):
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """A row's question, the answer expected (if known) and the one given, as text for people."""
 
-    def prepare(self, rows: Dataset, tokenizer: Any) -> Prepared:
+    def prepare(self, rows: Dataset, tokenizer: Any, *, allow_none: bool = False) -> Prepared:
         """Encode all rows, on disk where the rows are.
 
         Raises:
-            DataError: the rows have a format this task does not take, or nothing is left of them.
+            DataError: the rows have a format this task does not take, or nothing is left of them (unless that is
+                allowed).
         """
         self.check_format(rows)
         encoded = rows.map(
@@ -178,7 +179,7 @@ class Task(BaseModel):
         )
         told = {name: column[:] for name in _TOLD for column in [encoded.with_format("numpy")[name]]}
         kept = told["length"] > 0
-        if not kept.any():
+        if not kept.any() and not allow_none:
             raise DataError(f"None of the {len(rows)} rows has anything to learn within {self.max_length} tokens.")
         _, firsts = numpy.unique(told["row"], return_index=True)  # a long text has several examples
         tokens = Tokens(

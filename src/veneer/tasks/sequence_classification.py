@@ -103,10 +103,10 @@ class SequenceClassification(Task):
         ids = tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
         return [(tokenizer.decode(ids), False), (f" → label {row['label']}", True)]
 
-    def unknown_label(self, row: Mapping[str, Any]) -> str | None:
-        """The row's label, if it is none of `labels`."""
-        name = str(row["label"])
-        return None if name in self.labels else name
+    def unknown_labels(self, rows: Dataset) -> dict[int, str]:
+        """Those that are none of `labels`."""
+        names = (str(label) for label in rows["label"])
+        return {index: name for index, name in enumerate(names) if name not in self.labels}
 
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Pad on the right: ``input_ids``, ``attention_mask`` ``[rows, tokens]``; ``labels`` ``[rows]``."""
