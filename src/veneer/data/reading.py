@@ -227,7 +227,20 @@ def _renamed(rows: Dataset, columns: Mapping[str, str] | None, where: str) -> Da
             rows = rows.rename_column(theirs, ours)
     if len(rows) == 0:
         raise DataError(f"{where} has no rows.")
-    return rows
+    return _labelled_by_name(rows)
+
+
+def _labelled_by_name(rows: Dataset) -> Dataset:
+    """Hub data sets often number their labels and keep the names aside."""
+    import datasets
+
+    feature = rows.features.get("label")
+    if not isinstance(feature, datasets.ClassLabel):
+        return rows
+    names = feature.names
+    numbers = rows["label"][:]
+    labels = [None if number is None or number < 0 else names[number] for number in numbers]
+    return rows.remove_columns("label").add_column("label", labels, feature=datasets.Value("string"))
 
 
 def _load(source: str, split: str) -> Dataset:

@@ -42,6 +42,7 @@ class Tokens:
         learned: ``[rows]``, tokens that carry loss.
         truncated: indices of rows that were cut.
         dropped: indices of rows left out, with nothing to learn after cutting.
+        kept: tokens in all after cutting.
         limit: the longest length allowed.
     """
 
@@ -49,6 +50,7 @@ class Tokens:
     learned: NDArray[Any]
     truncated: NDArray[Any]
     dropped: NDArray[Any]
+    kept: int
     limit: int
 
 
@@ -108,6 +110,7 @@ class PartReport:
 
     Attributes:
         rows: in all.
+        tokens: in all, as they will be learned from, or None.
         prompt: token lengths of what is given, or None.
         completion: token lengths of what is learned, or None.
         truncated: cut at the longest length.
@@ -125,6 +128,7 @@ class PartReport:
     """
 
     rows: int
+    tokens: int | None
     prompt: Lengths | None
     completion: Lengths | None
     truncated: int | None
@@ -266,9 +270,10 @@ class _Texts:
 
 def _counted(tokens: Tokens | None) -> dict[str, Any]:
     if tokens is None:
-        return dict.fromkeys(("prompt", "completion", "truncated", "dropped", "prompt_too_long"))
+        return dict.fromkeys(("tokens", "prompt", "completion", "truncated", "dropped", "prompt_too_long"))
     too_long = (tokens.learned > 0) & (tokens.given >= tokens.limit)
     return {
+        "tokens": tokens.kept,
         "prompt": Lengths.of(tokens.given),
         "completion": Lengths.of(tokens.learned),
         "truncated": len(tokens.truncated),
@@ -384,7 +389,7 @@ def _lines(name: str, part: PartReport, limit: int | None) -> list[str]:
         lengths = [f"{what} {of}" for what, of in (("prompt", part.prompt), ("completion", part.completion)) if of]
         if len(lengths) == 1:
             lengths = [lengths[0].partition(" ")[2]]
-        told.append(f"tokens {', '.join(lengths)} (min/median/95 %/max)")
+        told.append(f"{part.tokens:,} tokens: {', '.join(lengths)} a row (min/median/95 %/max)")
     if part.truncated is not None:
         cut = f"{part.truncated:,} cut, {part.dropped:,} left out at {limit:,} tokens"
         told.append(cut if part.truncated or part.dropped else "none cut")

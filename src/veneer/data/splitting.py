@@ -132,8 +132,8 @@ def moment(value: Any) -> float | None:
     """A number, a date or an ISO 8601 time as seconds (or whatever the numbers count); None if it is none."""
     if isinstance(value, datetime.datetime | datetime.date):
         return _seconds(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else None
+    if isinstance(value, bool):
+        return None
     try:
         number = float(value)
         return number if math.isfinite(number) else None

@@ -187,6 +187,7 @@ class Task(BaseModel):
             learned=told["learned"][firsts],
             truncated=told["row"][firsts][told["truncated"][firsts] & kept[firsts]],
             dropped=told["row"][firsts][~kept[firsts]],
+            kept=int(told["length"].sum()),
             limit=self.max_length,
         )
         examples = encoded if kept.all() else encoded.select(numpy.flatnonzero(kept))

@@ -21,10 +21,12 @@ class Checked:
     """Data that was looked at.
 
     Attributes:
+        parts: the rows, with the tokens that were counted, by name.
         report: what was found.
         prepared: the parts' rows as model inputs, by the parts' names; without those that can't be.
     """
 
+    parts: dict[str, Part]
     report: DataReport
     prepared: dict[str, Prepared]
 
@@ -56,7 +58,7 @@ def check_data(
     found = report(seen, max_truncated=max_truncated, context=context_of(base) if base else None)
     faults = _faults(task, base, seen[0]) if base else []
     findings = [*faults, *_nothing(prepared, task), *found.findings]
-    return Checked(replace(found, findings=findings), prepared)
+    return Checked({part.name: part for part in seen}, replace(found, findings=findings), prepared)
 
 
 def context_of(base: Base) -> int | None:

@@ -46,9 +46,7 @@ class SequenceClassification(Task):
         if "labels" not in settings:
             if rows is None:
                 raise DataError("Classification needs its labels, or data to take them from.")
-            feature = rows.features["label"]
-            names = getattr(feature, "names", None)
-            found = list(names) if names else sorted({str(label) for label in rows["label"]})
+            found = sorted({str(label) for label in rows["label"]})
             if not 2 <= len(found) <= MOST_LABELS:
                 raise DataError(f"Classification needs 2 to {MOST_LABELS} different labels; the data has {len(found)}.")
             settings["labels"] = tuple(found)

@@ -52,6 +52,13 @@ def preflight(
         DataError: the data have errors that training refuses to start over.
         ConfigError: nothing would be trained, or memory clearly won't do.
     """
+    if adapter.base.tokenizer is None:
+        raise ConfigError(f"{adapter.base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
+    if not adapter.trainable:
+        raise ConfigError(
+            f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
+            "or other method.targets."
+        )
     checked = check_data(task, adapter.base, parts, max_truncated=max_truncated)
     for line in checked.report.lines():
         console.print(line, markup=False)
@@ -59,13 +66,8 @@ def preflight(
     for finding in checked.report.findings:
         console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
         console.print(finding.message, markup=False)
-    if not adapter.trainable:
-        raise ConfigError(
-            f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
-            "or other method.targets."
-        )
     check_memory(adapter, checked.prepared[parts[0].name], settings)
-    show_example(task, parts[0], adapter.base.tokenizer, console)
+    show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
     return checked
 
 
@@ -79,13 +81,17 @@ def refuse(report: DataReport) -> None:
 
 
 def show_example(task: Task, training: Part, tokenizer: Any, console: Console) -> None:
-    """Print the first row as the model will get it, what is learned in colour; in ⟦ ⟧ where there are no colours."""
+    """Print a row as the model will get it, the first that is whole: what is learned in colour, or in ⟦ ⟧ where there
+    are no colours."""
+    tokens = training.tokens
+    lost = {*tokens.truncated.tolist(), *tokens.dropped.tolist()} if tokens else set()
+    chosen = next((index for index in range(len(training.rows)) if index not in lost), 0)
     marked = not console.is_terminal or console.no_color
     text = Text()
-    for piece, learned in task.pieces(training.rows[0], tokenizer):
+    for piece, learned in task.pieces(training.rows[chosen], tokenizer):
         shown = _shortened(piece)
         text.append(f"⟦{shown}⟧" if learned and marked else shown, style="bold green" if learned else "dim")
-    console.print("The first row as the model gets it; ", end="")
+    console.print(f"{training.where([chosen])}, as the model gets it; ", end="", markup=False)
     console.print(Text("what is in ⟦ ⟧ is learned:" if marked else "green is learned:", "" if marked else "bold green"))
     console.print(Text("\n").join(Text("  ") + line for line in text.split("\n")))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from veneer.data import Part, read, split_off
 from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import ConfigError, OutputError
 from veneer.storage import write_json, write_text
-from veneer.tasks import Task, choose_task, load_base, task_class, task_from_config
+from veneer.tasks import Checked, Task, choose_task, load_base, task_class, task_from_config
 from veneer.training.config import DataSettings, RunConfig, explain
 from veneer.training.preflight import Pace, preflight
 from veneer.training.progress import Progress, Samples, console, duration, peak_memory, program, size
@@ -91,9 +91,11 @@ def train(
     options = _settings(settings)
     parts = _parts(DataSettings.model_construct(train=data, validation=validation), options.seed)
     chosen = _task(adapter, task, parts[0].rows)
+    _header(adapter, chosen)
+    checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
         folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
-        return _fit(adapter, chosen, parts, options, folder, None, max_truncated)
+        return _fit(adapter, chosen, checked, options, folder, resume=None)
 
 
 def run(config: RunConfig) -> tuple[Adapter, Result]:
@@ -114,8 +116,11 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
     )
     adapter.task = task.describe()
+    _header(adapter, task)
+    most = config.data.max_truncated
+    checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
     write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
-    result = _fit(adapter, task, parts, config.train, config.output, resume, config.data.max_truncated)
+    result = _fit(adapter, task, checked, config.train, config.output, resume)
     adapter.record = {"config": config.plain(), "data": {"rows": len(rows)}, "result": asdict(result)}
     adapter.save(config.output / ADAPTER)
     write_json(config.output / REPORT, asdict(result))
@@ -197,17 +202,12 @@ def _open_output(config: RunConfig) -> Path | None:
 def _fit(
     adapter: Adapter,
     task: Task,
-    parts: Sequence[Part],
+    checked: Checked,
     settings: TrainSettings,
     output: Path,
     resume: Path | None,
-    max_truncated: float,
 ) -> Result:
     base = adapter.base
-    if base.tokenizer is None:
-        raise ConfigError(f"{base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
-    _header(adapter, task)
-    checked = preflight(adapter, task, parts, settings, max_truncated=max_truncated, console=console)
     train_set, validation = checked.prepared["training"], checked.prepared.get("validation")
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -226,7 +226,7 @@ def _fit(
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, _step(resume))
     callbacks: list[Any] = [progress, Pace(base.device, console)]
     if validation is not None and settings.samples:
-        held_out = parts[1].rows
+        held_out = checked.parts["validation"].rows
         callbacks.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
     if settings.patience and validation is not None:
         callbacks.append(transformers.EarlyStoppingCallback(settings.patience))

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from veneer.data import duplicates
+from veneer.data.duplicates import digest, exact, near
+
+WORDS = [
+    "stone",
+    "river",
+    "cloud",
+    "lamp",
+    "paper",
+    "green",
+    "slow",
+    "thin",
+    "warm",
+    "north",
+    "glass",
+    "seven",
+    "under",
+]
+
+
+def sentences(count: int, seed: int = 0, words: int = 30) -> list[str]:
+    pick = random.Random(seed)
+    return [" ".join(pick.choices(WORDS, k=words)) for _ in range(count)]
+
+
+def test_exact() -> None:
+    keys = [digest(text) for text in ("a", "b", "a", "A", "b")]
+    assert exact(keys) == [2, 4]
+    assert exact(keys, [digest("b")]) == [1, 4]
+
+
+def test_near_duplicates_are_found_and_nothing_else() -> None:
+    texts = sentences(300)
+    changed = texts[17].replace(" ", "  ", 3).upper() + "!"
+    swapped = texts[200].split()
+    swapped[10] = "somewhere"
+    texts[250], texts[251] = changed, " ".join(swapped)
+    texts[252] = texts[3]  # exactly equal: not nearly
+    assert near(texts) == {250: 17, 251: 200}
+
+
+def test_against_other_texts() -> None:
+    known = sentences(200)
+    fresh = sentences(50, seed=1)
+    fresh[5] = known[100] + "."
+    fresh[6] = known[101]
+    fresh[8] = fresh[7] + "."
+    assert near(fresh, known) == {5: 100}
+
+
+def test_common_wording_makes_no_duplicates() -> None:
+    """A prompt's fixed words would make all rows alike."""
+    wording = "Read the message below and say in one word, in lower case, what it is about. Message: "
+    texts = [wording + text for text in sentences(200, words=12)]
+    texts[150] = texts[20] + "."
+    assert near(texts) == {150: 20}
+
+
+@pytest.mark.parametrize("similarity", [0.8, 0.9])
+def test_few_are_missed(similarity: float) -> None:
+    """Pairs of a known similarity: words changed at the end of otherwise equal texts."""
+    texts = sentences(400, words=60)
+    pairs = []
+    for text in texts[:200]:
+        kept = text[: int(len(text) * (1 + similarity) / 2 - (1 - similarity) * 4)]
+        other = kept + "".join(random.Random(len(kept)).choices("xyzkqj", k=len(text) - len(kept) - 8))
+        pairs.append(other)
+    shingles = duplicates._Shingles([*texts, *pairs])
+    true = [i for i in range(200) if shingles.similarity(i, 400 + i) >= duplicates.SIMILAR]
+    found = near([*texts, *pairs])
+    assert len(true) > 100
+    assert sum(400 + i in found for i in true) >= 0.95 * len(true)
+    assert all(found[i] == i - 400 for i in found)
+
+
+def test_short_and_odd_texts() -> None:
+    assert near(["", "a", "b", "", "\ud800"]) == {}
+    assert near([]) == {}
+    assert near(["yes", "no", "yes."] * 20) == {}
+
+
+def test_of_very_many_rows_a_sample_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert duplicates.sample(5) == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(duplicates, "MOST", 10)
+    chosen = duplicates.sample(1000)
+    assert len(chosen) == 10
+    assert chosen[0] == 0
+    assert chosen[-1] == 999
