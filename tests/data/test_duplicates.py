@@ -7,21 +7,7 @@ import pytest
 from veneer.data import duplicates
 from veneer.data.duplicates import digest, exact, near
 
-WORDS = [
-    "stone",
-    "river",
-    "cloud",
-    "lamp",
-    "paper",
-    "green",
-    "slow",
-    "thin",
-    "warm",
-    "north",
-    "glass",
-    "seven",
-    "under",
-]
+WORDS = [f"{random.Random(n).getrandbits(28):x}" for n in range(3000)]
 
 
 def sentences(count: int, seed: int = 0, words: int = 30) -> list[str]:

@@ -16,13 +16,12 @@ PARTS = ("train", "validation", "test")
 
 data_ = App(
     name="data",
-    help="""Check data before it is learned from, or part it into training, validation and test.
-
-Examples:
+    help="Check data before it is learned from, or part it into training, validation and test.",
+    help_epilogue="""Examples:
 
     veneer data check answers.jsonl --base smollm2-135m-instruct
 
-    veneer data split answers.jsonl --output parts --validation 0.1 --test 0.1""",
+    veneer data split answers.jsonl --output parts --test 0.1""",
     help_format="plaintext",
 )
 
@@ -42,14 +41,13 @@ def check(
 ) -> None:
     """Report on a data file: lengths, cut rows, duplicates, leaks, labels; the same as before training.
 
-    Exit code 0: no errors (there may be warnings). 1: errors were found. 2: the file cannot be read, or a row is
-    broken.
+    Exit code 0: no errors, at most warnings; 1: errors; 2: unreadable, or bad rows.
 
     Examples:
 
         veneer data check answers.jsonl
 
-        veneer data check train.csv --base minilm-l6 --validation validation.csv --json
+        veneer data check train.csv --base minilm-l6 --validation held_out.csv
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from veneer.data.records import LINES, SEPARATORS, records
 from veneer.errors import DataError
 
 _HEAD = 4096
+_CHUNK = 1 << 24
 _SHOWN = 80
 _OTHERWISE = {
     b"PAR1": "is a Parquet file; name it .parquet",
@@ -19,7 +21,7 @@ _OTHERWISE = {
 
 
 def check_bytes(path: Path, reader: str) -> None:
-    """Look at a file's first bytes: is it what its name says?
+    """Look at a file's bytes: is it what its name says?
 
     Raises:
         DataError: it is empty, UTF-16, binary, or of another kind.
@@ -41,6 +43,20 @@ def check_bytes(path: Path, reader: str) -> None:
         )
     if b"\0" in head:
         raise DataError(f"{path} is not UTF-8 text: it is binary.")
+    if reader == "json" and not _is_utf8(path) and (problem := _encoding_problem(path)):
+        raise DataError(problem)  # the reader itself lets bad bytes through, and fails much later
+
+
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _every_other(head: bytes) -> bool:

@@ -60,6 +60,8 @@ def part_file(
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise OutputError(f"{output} exists already; nothing was written. Choose another folder, or empty it first.")
     path = file_of(source)
+    if not has_lines(path) and path.suffix.lower() not in {".json", ".parquet"}:
+        raise DataError(f"{source} is a single document, so there are no rows to part; put it into several files.")
     strategy, column = next(iter(chosen.items()), ("random", ""))
     indices = _parted(path, strategy, column, list(shares.values()), seed)
     parts = dict(zip((TRAIN, *shares), indices, strict=True))
@@ -105,10 +107,8 @@ def _write(source: Path, folder: Path, parts: Mapping[str, Indices]) -> None:
         _write_records(source, targets, parts)
     elif suffix == ".json":
         _write_json(source, targets, parts)
-    elif suffix == ".parquet":
-        _write_parquet(source, targets, parts)
     else:
-        raise DataError(f"{source} is a single document, so there are no rows to part; put it into several files.")
+        _write_parquet(source, targets, parts)
 
 
 def _write_records(source: Path, targets: Mapping[str, Path], parts: Mapping[str, Indices]) -> None:

@@ -91,7 +91,11 @@ class Task(BaseModel):
     @classmethod
     @abstractmethod
     def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
-        """The task with what can be told from the data (labels) and the base (its template)."""
+        """The task with what can be told from the data (labels) and the base (its template).
+
+        Raises:
+            DataError: it doesn't take rows of this format.
+        """
 
     def head(self, base: Base, *, seed: int) -> dict[str, dict[str, Tensor]]:
         """Initial values of the modules it trains in full, by path and parameter name; none by default."""
@@ -193,14 +197,13 @@ class Task(BaseModel):
         examples = encoded if kept.all() else encoded.select(numpy.flatnonzero(kept))
         return Prepared(examples.select_columns(["input_ids", "labels", "length"]), tokens, int(told["length"].max()))
 
-    def check_format(self, rows: Dataset) -> None:
+    @classmethod
+    def check_format(cls, rows: Dataset) -> None:
         """Raises DataError if these rows are not for this task."""
         format = detect(rows.column_names)
-        if format not in self.formats:
-            wanted = "; or ".join(", ".join(f.columns) for f in self.formats)
-            raise DataError(
-                f"Task {self.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}."
-            )
+        if format not in cls.formats:
+            wanted = "; or ".join(", ".join(f.columns) for f in cls.formats)
+            raise DataError(f"Task {cls.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}.")
 
     def describe(self) -> dict[str, Any]:
         """Itself as a plain mapping, for an adapter's files."""

@@ -60,6 +60,8 @@ class CausalLM(Task):
     @classmethod
     def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
         """Chat where the base has a chat template, else plain; answers half again as long as those to learn."""
+        if rows is not None:
+            cls.check_format(rows)
         tokenizer = base.tokenizer if base is not None else None
         if "template" not in settings and not getattr(tokenizer, "chat_template", None):
             settings["template"] = "plain"

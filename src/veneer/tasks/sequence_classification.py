@@ -43,6 +43,8 @@ class SequenceClassification(Task):
         Raises:
             DataError: there are fewer than two, or implausibly many.
         """
+        if rows is not None:
+            cls.check_format(rows)
         if "labels" not in settings:
             if rows is None:
                 raise DataError("Classification needs its labels, or data to take them from.")
