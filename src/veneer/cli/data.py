@@ -26,7 +26,7 @@ data_ = App(
 )
 
 
-@data_.command
+@data_.command(help_epilogue="")
 def check(
     file: str,
     *,
@@ -103,7 +103,7 @@ def check(
         sys.exit(1)
 
 
-@data_.command
+@data_.command(help_epilogue="")
 def split(
     file: str,
     *,
