@@ -14,6 +14,7 @@ import pytest
 
 from helpers import sums, write_jsonl
 from veneer.cli.__main__ import main
+from veneer.data import read
 
 ROW = '{"prompt": "a?", "completion": "b"}\n'
 ARRAY = "[\n" + ",\n".join([ROW.strip()] * 20) + "\n]\n"
@@ -112,15 +113,16 @@ def test_bad_input_is_one_clear_error(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "txt"])
 def test_a_byte_order_mark_does_no_harm(folder: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
-    between = "\t" if suffix == "tsv" else ","
-    content = {"jsonl": ROW * 2, "json": f"[{ROW},{ROW}]"}.get(suffix, f"prompt{between}completion\na?{between}b\n" * 1)
-    Path(f"rows.{suffix}").write_text(content, encoding="utf-8-sig")
+    table = "prompt,completion\na?,b\nc?,d\n"
+    kinds = {"jsonl": ROW * 2, "json": f"[{ROW},{ROW}]", "csv": table, "tsv": table.replace(",", "\t"), "txt": "Once."}
+    Path(f"rows.{suffix}").write_text(kinds[suffix], encoding="utf-8-sig")
     assert run("data", "check", f"rows.{suffix}", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["format"] == "prompt_completion"
-    assert report["parts"]["training"]["rows"] == (2 if suffix.startswith("json") else 1)
+    assert report["format"] == ("text" if suffix == "txt" else "prompt_completion")
+    assert report["parts"]["training"]["rows"] == (1 if suffix == "txt" else 2)
+    assert "\ufeff" not in str(list(read(f"rows.{suffix}")))
 
 
 def test_check_finds_everything(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +254,7 @@ def test_the_loss_mask_in_colours_and_without(folder: Path, tiny_folder: Path, k
     from rich.console import Console
 
     import veneer
-    from veneer.data import Part, read
+    from veneer.data import Part
     from veneer.tasks.causal_lm import CausalLM
     from veneer.training.preflight import show_example
 

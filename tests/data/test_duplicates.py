@@ -42,27 +42,37 @@ def test_against_other_texts() -> None:
 
 def test_common_wording_makes_no_duplicates() -> None:
     """A prompt's fixed words would make all rows alike."""
-    wording = "Read the message below and say in one word, in lower case, what it is about. Message: "
+    wording = "Read the message below and say in one word what it is about. " + sentences(1, seed=2, words=100)[0]
     texts = [wording + text for text in sentences(200, words=12)]
     texts[150] = texts[20] + "."
     assert near(texts) == {150: 20}
 
 
-@pytest.mark.parametrize("similarity", [0.8, 0.9])
+def _pairs(similarity: float) -> tuple[list[str], list[str]]:
+    """Texts, and others that share so much of them with each that their shingles are about so similar."""
+    texts = sentences(200, words=60)
+    changed = []
+    for number, text in enumerate(texts):
+        kept = int(len(text) * 2 * similarity / (1 + similarity))
+        changed.append(text[:kept] + "".join(random.Random(number).choices("xyzkqj", k=len(text) - kept)))
+    return texts, changed
+
+
+@pytest.mark.parametrize("similarity", [0.83, 0.9])
 def test_few_are_missed(similarity: float) -> None:
-    """Pairs of a known similarity: words changed at the end of otherwise equal texts."""
-    texts = sentences(400, words=60)
-    pairs = []
-    for text in texts[:200]:
-        kept = text[: int(len(text) * (1 + similarity) / 2 - (1 - similarity) * 4)]
-        other = kept + "".join(random.Random(len(kept)).choices("xyzkqj", k=len(text) - len(kept) - 8))
-        pairs.append(other)
-    shingles = duplicates._Shingles([*texts, *pairs])
-    true = [i for i in range(200) if shingles.similarity(i, 400 + i) >= duplicates.SIMILAR]
-    found = near([*texts, *pairs])
-    assert len(true) > 100
-    assert sum(400 + i in found for i in true) >= 0.95 * len(true)
-    assert all(found[i] == i - 400 for i in found)
+    texts, changed = _pairs(similarity)
+    shingles = duplicates._Shingles([*texts, *changed])
+    true = [i for i in range(200) if shingles.similarity(i, 200 + i) >= duplicates.SIMILAR]
+    found = near([*texts, *changed])
+    assert len(true) > 150
+    assert sum(200 + i in found for i in true) >= 0.95 * len(true)
+    assert all(found[i] == i - 200 for i in found)
+
+
+def test_what_is_not_similar_enough_is_not_called_a_duplicate() -> None:
+    texts, changed = _pairs(0.7)
+    assert len(list(duplicates._candidates(duplicates._Shingles([*texts, *changed]).signatures()))) > 100
+    assert near([*texts, *changed]) == {}
 
 
 def test_short_and_odd_texts() -> None:

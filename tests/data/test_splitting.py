@@ -98,6 +98,8 @@ def test_split_off() -> None:
     assert list(split_off(rows, 0.25, seed=0)[1]) == list(held_out)
     with pytest.raises(DataError, match="single row"):
         split_off(read(sums(1)), 0.5, seed=0)
+    with pytest.raises(DataError, match="Every label occurs once only"):
+        split_off(read([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]), 0.5, seed=0)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -118,14 +118,9 @@ def _write_records(source: Path, targets: Mapping[str, Path], parts: Mapping[str
         if source.suffix.lower() in SEPARATORS:
             header = next(records(source))
             for file in files.values():
-                file.write(_ended(header.text))
+                file.write(header.text)
         for index, record in enumerate(rows(source)):
-            files[home[index]].write(_ended(record.text))
-
-
-def _ended(line: str) -> str:
-    """A file's last line may lack its line break."""
-    return line if line.endswith("\n") else line + "\n"
+            files[home[index]].write(record.text)
 
 
 def _write_json(source: Path, targets: Mapping[str, Path], parts: Mapping[str, Indices]) -> None:

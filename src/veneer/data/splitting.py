@@ -31,12 +31,15 @@ def split_off(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datas
     labels, so that a rare one is never missing from training.
 
     Raises:
-        DataError: there are fewer than two rows.
+        DataError: there are fewer than two rows, or no label occurs twice.
     """
     if len(rows) < 2:
         raise DataError("A single row cannot be split into training and validation; set data.validation to 0.")
     if "label" in rows.column_names and "text" in rows.column_names:
-        train, held_out = stratified([str(label) for label in rows["label"]], [share], seed=seed)
+        labels = [str(label) for label in rows["label"]]
+        if len(set(labels)) == len(labels):
+            raise DataError("Every label occurs once only, so none can be held out; set data.validation to 0.")
+        train, held_out = stratified(labels, [share], seed=seed)
     else:
         train, held_out = randomly(len(rows), [share], seed=seed)
     return rows.select(train), rows.select(held_out)
