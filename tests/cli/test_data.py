@@ -122,7 +122,8 @@ def test_a_byte_order_mark_does_no_harm(folder: Path, capsys: pytest.CaptureFixt
     report = json.loads(capsys.readouterr().out)
     assert report["format"] == ("text" if suffix == "txt" else "prompt_completion")
     assert report["parts"]["training"]["rows"] == (1 if suffix == "txt" else 2)
-    assert "\ufeff" not in str(list(read(f"rows.{suffix}")))
+    rows = list(read(f"rows.{suffix}"))
+    assert not any("\ufeff" in text for row in rows for pair in row.items() for text in pair)
 
 
 def test_check_finds_everything(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +157,8 @@ def test_check_finds_everything(folder: Path, tiny_folder: Path, capsys: pytest.
     }
     lost = found["training", "truncated"]
     assert lost["level"] == "error"
-    assert "1 of 30 rows are cut at 64 tokens (train.jsonl, line 12)" in lost["message"]
-    assert "1 of 30 rows are left out" in lost["message"]
+    assert "1 of 30 rows is cut at 64 tokens (train.jsonl, line 12)" in lost["message"]
+    assert "1 of 30 rows is left out" in lost["message"]
     assert "(train.jsonl, line 11)" in lost["message"]
     assert "data.max_truncated=0.07" in lost["message"]
     assert "train.jsonl, line 8" in found["training", "exact_duplicates"]["message"]
@@ -168,7 +169,7 @@ def test_check_finds_everything(folder: Path, tiny_folder: Path, capsys: pytest.
     assert run("data", "check", "train.jsonl", "--base", tiny_folder, "--max-truncated", 0.1) == 0
     out = capsys.readouterr().out
     assert re.search(r"training   30 rows · [\d,]+ tokens: prompt \d+/\d+/\d+/\d+, completion \d", out)
-    assert "warning: training: 1 of 30 rows are cut" in out
+    assert "warning: training: 1 of 30 rows is cut" in out
     assert run("data", "check", "train.jsonl", "--base", tiny_folder, "--max-length", 8) == 1
     assert "nothing_to_learn" not in capsys.readouterr().out
     assert run("data", "check", "train.jsonl", "--base", tiny_folder, "--max-length", 4, "--json") == 1
@@ -180,7 +181,7 @@ def test_check_is_quiet_about_clean_data(folder: Path, capsys: pytest.CaptureFix
     assert run("data", "check", "answers.jsonl", "--columns", "prompt=question") == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "training   1 rows",
+        "training   1 row",
         "no problems found; with --base NAME, tokens are counted, too",
     ]
     assert err == ""
@@ -280,11 +281,11 @@ def test_rows_are_not_lost_in_silence(folder: Path, tiny_folder: Path, capsys: p
     write_jsonl(folder / "train.jsonl", [*rows, {"prompt": "Say it.", "completion": "word " * 70}])
     assert run("train", *options(tiny_folder, output="a")) == 0
     err = capsys.readouterr().err
-    assert "warning: training: 1 of 31 rows are cut at 64 tokens (train.jsonl, line 31)" in err
+    assert "warning: training: 1 of 31 rows is cut at 64 tokens (train.jsonl, line 31)" in err
     write_jsonl(folder / "train.jsonl", [{"prompt": "word " * 70, "completion": "x"}, *rows[:9]])
     assert run("train", *options(tiny_folder, output="b")) == 2
     err = capsys.readouterr().err
-    assert "1 of 10 rows are left out, with a prompt that alone fills 64 tokens (train.jsonl, line 1)" in err
+    assert "1 of 10 rows is left out, with a prompt that alone fills 64 tokens (train.jsonl, line 1)" in err
     assert "the base reads 64 at most" in err
     assert "data.max_truncated=0.1 (it is 0.05)" in err
     assert not Path("b").exists()
@@ -297,7 +298,7 @@ def test_no_row_reaches_beyond_the_context(folder: Path, tiny_folder: Path, caps
     write_jsonl(folder / "train.jsonl", [*sums(9), {"prompt": "word " * 70, "completion": "x"}])
     assert run("train", *options(tiny_folder, **{"task.max_length": 500})) == 2
     err = capsys.readouterr().err
-    assert "1 rows have more than the 64 tokens the base can read (train.jsonl, line 10)" in err
+    assert "1 row has more than the 64 tokens the base can read (train.jsonl, line 10)" in err
     assert not Path("out").exists()
 
 
@@ -320,7 +321,7 @@ def test_labels_that_training_does_not_know(folder: Path, capsys: pytest.Capture
     arguments = ["base=minilm-l6", "data.train=train.jsonl", "data.validation=held_out.jsonl", "output=out"]
     assert run("train", *arguments) == 2
     err = capsys.readouterr().err
-    assert "validation: 1 rows have labels that training rows don't: 'c' (1) (held_out.jsonl, line 2)" in err
+    assert "validation: 1 row has labels that training rows don't: 'c' (1) (held_out.jsonl, line 2)" in err
     assert not Path("out").exists()
 
 

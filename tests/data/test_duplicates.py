@@ -75,6 +75,16 @@ def test_what_is_not_similar_enough_is_not_called_a_duplicate() -> None:
     assert near([*texts, *changed]) == {}
 
 
+def test_of_very_much_text_a_part_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, changed = _pairs(0.95)
+    monkeypatch.setattr(duplicates, "_BUDGET", sum(map(len, texts)) // 4)
+    found = near([*texts, *changed])
+    assert len(found) > 190
+    shingles = duplicates._Shingles([*texts, *changed])
+    assert len(shingles.of(0, part=True)) < len(shingles.of(0)) / 4
+    assert all(shingles.similarity(one, other) >= duplicates.SIMILAR for other, one in found.items())
+
+
 def test_short_and_odd_texts() -> None:
     assert near(["", "a", "b", "", "\ud800"]) == {}
     assert near([]) == {}

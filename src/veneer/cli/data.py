@@ -70,6 +70,8 @@ def check(
     json
         Print one JSON object on stdout.
     """
+    from rich.console import Console
+
     from veneer.cli.columns import mapping
     from veneer.cli.output import console, print_json
     from veneer.data import Part, read
@@ -88,7 +90,7 @@ def check(
     settings: dict[str, Any] = {} if max_length is None else {"max_length": max_length}
     chosen = cls.for_rows(parts[0].rows, loaded, **settings)
     most = MAX_TRUNCATED if max_truncated is None else max_truncated
-    report = check_data(chosen, loaded, parts, max_truncated=most).report
+    report = check_data(chosen, loaded, parts, max_truncated=most, say=Console(stderr=True).print).report
     if json:
         print_json({"file": file, "base": base, "task": chosen.name, **report.plain()})
     else:

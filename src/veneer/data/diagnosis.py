@@ -128,7 +128,7 @@ def _json_problem(path: Path) -> str | None:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as broken:
-        line = text.splitlines()[broken.lineno - 1] if broken.lineno <= len(text.splitlines()) else ""
+        line = text.split("\n")[broken.lineno - 1]
         cut = _cut_off(text, broken.pos)
         return (
             f"{path}, line {broken.lineno}: malformed JSON ({broken.msg}, column {broken.colno}){cut}: {_short(line)}"

@@ -5,7 +5,8 @@ made even) have a Jaccard similarity of at least `SIMILAR`. Candidates come from
 1997; Leskovec, Rajaraman & Ullman, *Mining of Massive Datasets*, ch. 3): 8 bands of 4, so that a pair of similarity
 0.8 is looked at with 98 %, one of 0.9 with 99.98 %; every candidate's similarity is then computed exactly, so nothing
 is called a duplicate that isn't. Shingles that many rows share, such as those of a prompt's fixed wording, say
-nothing about two of them and are left out.
+nothing about two of them and are left out. Of very much text, signatures are made of a part of the shingles, chosen by
+their hashes, so the same in every text.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _SAMPLE = 2000
 _FEW = 20
 """With fewer rows than this, nothing can be told to be wording."""
 _LONGEST = 20_000
+"""Characters of a text that are looked at."""
+_BUDGET = 20_000_000
+"""Shingles that signatures are made of, in all texts together."""
 _CHUNK = 2000
 
 _Hashes = NDArray[numpy.uint64]
@@ -83,10 +87,14 @@ class _Shingles:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = [" ".join(text[:_LONGEST].lower().split()).encode("utf-8", "replace") for text in texts]
+        share = min(1.0, _BUDGET / max(sum(map(len, self.texts)), 1))
+        self.highest = numpy.uint64(min(int(share * 2**64), 2**64 - 1))
         self.common = self._wording()
 
-    def of(self, index: int) -> _Hashes:
-        found = numpy.unique(_hashes(self.texts[index]))
+    def of(self, index: int, *, part: bool = False) -> _Hashes:
+        """Those of a text; or the part of them that signatures are made of."""
+        found = _hashes(self.texts[index])
+        found = numpy.unique(found[found <= self.highest] if part else found)
         return found[~numpy.isin(found, self.common)] if len(self.common) else found
 
     def similarity(self, one: int, other: int) -> float:
@@ -101,7 +109,7 @@ class _Shingles:
         factors = generator.integers(1, 2**63, _BANDS * _ROWS, dtype=numpy.uint64) | numpy.uint64(1)
         result = generator.integers(0, 2**63, (len(self.texts), len(factors)), dtype=numpy.uint64)
         for start in range(0, len(self.texts), _CHUNK):
-            parts = [self.of(index) for index in range(start, min(start + _CHUNK, len(self.texts)))]
+            parts = [self.of(index, part=True) for index in range(start, min(start + _CHUNK, len(self.texts)))]
             filled = numpy.array([index for index, part in enumerate(parts) if len(part)], dtype=numpy.int64)
             if not len(filled):
                 continue

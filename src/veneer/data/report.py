@@ -8,7 +8,7 @@ spoils the scores but not the adapter, it warns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -289,10 +289,12 @@ def _lost(part: Part, tokens: Tokens, most: float, context: int | None) -> list[
     rows = len(part.rows)
     parts = []
     if cut:
-        parts.append(f"{cut:,} of {rows:,} rows are cut at {tokens.limit:,} tokens ({part.where(tokens.truncated)})")
+        parts.append(
+            f"{cut:,} of {rows:,} rows {_are(cut)} cut at {tokens.limit:,} tokens ({part.where(tokens.truncated)})"
+        )
     if gone:
         parts.append(
-            f"{gone:,} of {rows:,} rows are left out, with a prompt that alone fills {tokens.limit:,} tokens "
+            f"{gone:,} of {rows:,} rows {_are(gone)} left out, with a prompt that alone fills {tokens.limit:,} tokens "
             f"({part.where(tokens.dropped)})"
         )
     longest = int((tokens.given + tokens.learned).max())
@@ -317,7 +319,7 @@ def _beyond(part: Part, tokens: Tokens, context: int | None) -> list[Finding]:
     if not len(beyond):
         return []
     message = (
-        f"{len(beyond):,} rows have more than the {context:,} tokens the base can read ({part.where(beyond)}). "
+        f"{_have(beyond)} more than the {context:,} tokens the base can read ({part.where(beyond)}). "
         f"Shorten or split them, or have them cut with task.max_length={context}."
     )
     return [Finding("error", "beyond_context", part.name, message, refused=True)]
@@ -333,7 +335,7 @@ def _unseen(part: Part) -> list[Finding]:
     labels = Counter(part.unknown.values())
     named = ", ".join(f"{label!r} ({count:,})" for label, count in labels.most_common(10))
     message = (
-        f"{len(part.unknown):,} rows have labels that training rows don't: {named} ({part.where(list(part.unknown))}). "
+        f"{_have(part.unknown)} labels that training rows don't: {named} ({part.where(list(part.unknown))}). "
         "Add training rows with them, or take them out."
     )
     return [Finding("error", "unseen_labels", part.name, message, refused=True)]
@@ -343,10 +345,12 @@ def _repeated(part: Part, exact: Sequence[int], near: Sequence[int]) -> list[Fin
     found = []
     rows = len(part.rows)
     if exact:
-        message = f"{len(exact):,} of {rows:,} rows repeat an earlier one exactly ({part.where(exact)})."
+        message = f"{len(exact):,} of {rows:,} rows {_are(len(exact))} equal to an earlier one ({part.where(exact)})."
         found.append(Finding("warning", "exact_duplicates", part.name, message))
     if len(near) > _REPEATED * rows:
-        message = f"{len(near):,} of {rows:,} rows nearly repeat an earlier one ({part.where(near)})."
+        message = (
+            f"{len(near):,} of {rows:,} rows {_are(len(near))} nearly equal to an earlier one ({part.where(near)})."
+        )
         found.append(Finding("warning", "near_duplicates", part.name, message))
     return found
 
@@ -356,8 +360,8 @@ def _leaked(part: Part, exact: Sequence[int], near: Sequence[int], trained_on: s
     for code, level, rows, how in (("overlap", "error", exact, ""), ("near_overlap", "warning", near, "nearly ")):
         if rows:
             message = (
-                f"{len(rows):,} of {len(part.rows):,} rows ask {how}the same as a {trained_on} row, so its scores are "
-                f"too good ({part.where(rows)}). Take them out of either side."
+                f"{len(rows):,} of {len(part.rows):,} rows ask{'s' * (len(rows) == 1)} {how}the same as a {trained_on} "
+                f"row, so scores come out too good ({part.where(rows)}). Take such rows out of either side."
             )
             found.append(Finding("error" if level == "error" else "warning", code, part.name, message))
     return found
@@ -368,23 +372,34 @@ def _answers(
 ) -> list[Finding]:
     found = []
     if conflicting:
-        message = f"{len(conflicting):,} rows repeat an earlier one with another label ({part.where(conflicting)})."
+        message = (
+            f"{_have(conflicting)} the same text as an earlier one, and another label ({part.where(conflicting)})."
+        )
         found.append(Finding("warning", "conflicting_labels", part.name, message))
     if empty:
-        message = f"{len(empty):,} rows have an empty answer: only its end is learned ({part.where(empty)})."
+        message = f"{_have(empty)} an empty answer: only its end is learned ({part.where(empty)})."
         found.append(Finding("warning", "empty_answers", part.name, message))
     if labels:
         rare = [(label, count) for label, count in labels.items() if count < max(2, _RARE * len(part.rows))]
         if rare:
             named = ", ".join(f"{label!r} ({count:,})" for label, count in sorted(rare, key=lambda of: of[1])[:10])
-            message = f"{len(rare):,} of {len(labels):,} labels are rare: {named}; they may not be learned."
+            message = (
+                f"{len(rare):,} of {len(labels):,} labels {_are(len(rare))} rare: {named}; too few rows to learn from."
+            )
             found.append(Finding("warning", "rare_labels", part.name, message))
     return found
 
 
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _have(rows: Sized) -> str:
+    return "1 row has" if len(rows) == 1 else f"{len(rows):,} rows have"
+
+
 def _lines(name: str, part: PartReport, limit: int | None) -> list[str]:
-    rows = f"{name:<11}{part.rows:,} rows"
-    told = [rows]
+    told = [f"{name:<11}{part.rows:,} row{'s' * (part.rows != 1)}"]
     if part.prompt or part.completion:
         lengths = [f"{what} {of}" for what, of in (("prompt", part.prompt), ("completion", part.completion)) if of]
         if len(lengths) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from veneer.data.report import MAX_TRUNCATED, Finding
 from veneer.tasks.base import Prepared, Task
 
 _LOOKED_AT = 200
+"""Rows whose template and ends are checked, evenly spread."""
+_MANY = 20_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,12 @@ class Checked:
 
 
 def check_data(
-    task: Task, base: Base | None, parts: Sequence[Part], *, max_truncated: float = MAX_TRUNCATED
+    task: Task,
+    base: Base | None,
+    parts: Sequence[Part],
+    *,
+    max_truncated: float = MAX_TRUNCATED,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Checked:
     """Prepare and report on training rows and those held out.
 
@@ -41,10 +48,14 @@ def check_data(
         base: whose tokenizer, template and context count; without one, no tokens are counted.
         parts: training first.
         max_truncated: share of a part's rows that may be cut or left out.
+        say: told what is being done, if it takes a while.
 
     Raises:
         DataError: rows have a format the task does not take.
     """
+    rows = sum(len(part.rows) for part in parts)
+    if rows >= _MANY:
+        say(f"Looking at {rows:,} rows ...")
     prepared: dict[str, Prepared] = {}
     seen = []
     for part in parts:

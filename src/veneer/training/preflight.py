@@ -59,7 +59,7 @@ def preflight(
             f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
             "or other method.targets."
         )
-    checked = check_data(task, adapter.base, parts, max_truncated=max_truncated)
+    checked = check_data(task, adapter.base, parts, max_truncated=max_truncated, say=console.print)
     for line in checked.report.lines():
         console.print(line, markup=False)
     refuse(checked.report)
