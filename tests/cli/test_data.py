@@ -209,6 +209,19 @@ def test_check_of_labels(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "labels: yes 68%, no 27%, rare 5%" in capsys.readouterr().out
 
 
+def test_many_even_labels_are_not_rare(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "many.jsonl", [{"text": f"text {n} {n * n}", "label": n % 150} for n in range(600)])
+    assert run("data", "check", "many.jsonl", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+
+
+def test_lines_in_a_mixture(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(folder / "a.jsonl", sums(4))
+    write_jsonl(folder / "b.jsonl", [*sums(2, 10), {"prompt": "word " * 70, "completion": "x"}])
+    assert run("train", *options(tiny_folder, **{"data.train": "[{path: a.jsonl, task: x}, b.jsonl]"})) == 2
+    assert "(b.jsonl, line 3)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -321,8 +334,11 @@ def test_labels_that_training_does_not_know(folder: Path, capsys: pytest.Capture
     arguments = ["base=minilm-l6", "data.train=train.jsonl", "data.validation=held_out.jsonl", "output=out"]
     assert run("train", *arguments) == 2
     err = capsys.readouterr().err
-    assert "validation: 1 row has labels that training rows don't: 'c' (1) (held_out.jsonl, line 2)" in err
+    assert "validation: 1 row has labels that training rows don't have: 'c' (1) (held_out.jsonl, line 2)" in err
     assert not Path("out").exists()
+    assert run("train", *arguments[:2], "data.validation=0", "output=out", "task.labels=[a, c]") == 2
+    err = capsys.readouterr().err
+    assert "training: 3 rows have labels that task.labels doesn't name: 'b' (3) (train.jsonl, lines 2, 4, 6)" in err
 
 
 def _changed_base(tiny: Path, **tokenizer: object) -> Path:

@@ -1,57 +1,26 @@
-"""What is to be known of data before it is learned from: sizes, losses, repetitions, leaks, labels.
-
-A `Finding` is an **error** where the adapter, or its scores, would not be what they seem, and a **warning** where
-something deserves a look. Training refuses to start over errors; over a leak between training and validation, which
-spoils the scores but not the adapter, it warns.
-"""
+"""What is to be known of data before it is learned from: sizes, losses, repetitions, leaks, labels."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 
 from veneer.data import duplicates
+from veneer.data.findings import Finding, answers, beyond, leaked, lost, repeated, unseen
 from veneer.data.formats import Format, asked_and_answered, detect
-from veneer.data.reading import NUMBER, each, places
-from veneer.data.records import Place, told
+from veneer.data.part import Part, Tokens
+from veneer.data.reading import each
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Level: TypeAlias = Literal["error", "warning"]
-
 MAX_TRUNCATED = 0.05
 """Default share of rows that may be cut or left out."""
-_RARE = 0.01
-_REPEATED = 0.05
-"""Shares above which rare labels and repetitions are worth a warning."""
-_LISTED = 100
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of rows before any was cut, and what cutting did.
-
-    Attributes:
-        given: ``[rows]``, tokens that are read: of prompts, or of texts to classify.
-        learned: ``[rows]``, tokens that carry loss.
-        truncated: indices of rows that were cut.
-        dropped: indices of rows left out, with nothing to learn after cutting.
-        kept: tokens in all after cutting.
-        limit: the longest length allowed.
-    """
-
-    given: NDArray[Any]
-    learned: NDArray[Any]
-    truncated: NDArray[Any]
-    dropped: NDArray[Any]
-    kept: int
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -73,35 +42,6 @@ class Lengths:
 
     def __str__(self) -> str:
         return f"{self.min:,}/{self.median:,}/{self.p95:,}/{self.max:,}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows to report on.
-
-    Attributes:
-        name: training, validation or test.
-        rows: numbered ones (see `read`) have their lines told.
-        source: what they were read from.
-        split: likewise.
-        tokens: of them, if they were counted.
-        unknown: index of a row -> its label that training doesn't know.
-    """
-
-    name: str
-    rows: Dataset
-    source: Any = None
-    split: str = "train"
-    tokens: Tokens | None = None
-    unknown: Mapping[int, str] = field(default_factory=dict)
-
-    def where(self, indices: Sequence[int] | NDArray[Any]) -> str:
-        """These rows for people, by file and line."""
-        if self.source is None or NUMBER not in self.rows.column_names:
-            return told([Place("the data", "row", int(index) + 1) for index in indices], len(indices))
-        numbers = [int(number) for number in self.rows.select(indices[:_LISTED])[NUMBER]]
-        found = places(self.source, sorted(numbers), split=self.split)
-        return told(found, len(indices))
 
 
 @dataclass(frozen=True)
@@ -146,25 +86,6 @@ class PartReport:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something found.
-
-    Attributes:
-        level: error or warning.
-        code: a word for programs.
-        part: training, validation or test.
-        message: what it is, which rows, and what to do.
-        refused: whether training refuses to start over it.
-    """
-
-    level: Level
-    code: str
-    part: str
-    message: str
-    refused: bool = False
-
-
-@dataclass(frozen=True)
 class DataReport:
     """What was found in all parts."""
 
@@ -202,31 +123,29 @@ def report(parts: Sequence[Part], *, max_truncated: float = MAX_TRUNCATED, conte
     for part in parts:
         first = part is parts[0]
         texts = training if first else _Texts.of(part.rows, format)
-        repeated, nearly = duplicates.exact(texts.rows), texts.near()
-        leaked = None if first else duplicates.exact(texts.asked, training.asked)
-        nearly_leaked = None if first else sorted(set(texts.near(training)) - set(leaked or ()))
-        asked_again = set(duplicates.exact(texts.asked)) if texts.labels else set()
-        conflicting = sorted(asked_again - set(repeated))
+        again, nearly = duplicates.exact(texts.rows), texts.near()
+        overlap = [] if first else duplicates.exact(texts.asked, training.asked)
+        near_overlap = [] if first else sorted(set(texts.near(training)) - set(overlap))
+        conflicting = sorted(set(duplicates.exact(texts.asked)) - set(again)) if texts.labels else []
         reports[part.name] = PartReport(
             rows=len(part.rows),
             **_counted(part.tokens),
-            exact_duplicates=len(repeated),
+            exact_duplicates=len(again),
             near_duplicates=len(nearly),
             near_checked=len(texts.sample),
             empty_answers=len(texts.empty),
             labels=texts.labels and dict(texts.labels.most_common()),
             unseen_labels=dict(Counter(part.unknown.values())),
             conflicting=len(conflicting),
-            overlap=None if leaked is None else len(leaked),
-            near_overlap=None if nearly_leaked is None else len(nearly_leaked),
+            overlap=None if first else len(overlap),
+            near_overlap=None if first else len(near_overlap),
         )
-        if part.tokens is not None:
-            findings += _lost(part, part.tokens, max_truncated, context)
-            findings += _beyond(part, part.tokens, context)
-        findings += _unseen(part)
-        findings += _repeated(part, repeated, nearly)
-        findings += _leaked(part, leaked or [], nearly_leaked or [], trained_on=parts[0].name)
-        findings += _answers(part, texts.empty, conflicting, texts.labels if first else None)
+        findings += lost(part, max_truncated, context)
+        findings += beyond(part, context)
+        findings += unseen(part, "task.labels doesn't name" if first else "training rows don't have")
+        findings += repeated(part, again, nearly)
+        findings += leaked(part, overlap, near_overlap)
+        findings += answers(part, texts.empty, conflicting, texts.labels if first else None)
     limit = parts[0].tokens.limit if parts[0].tokens else None
     return DataReport(format.name.lower(), limit, reports, findings)
 
@@ -280,122 +199,6 @@ def _counted(tokens: Tokens | None) -> dict[str, Any]:
         "dropped": len(tokens.dropped),
         "prompt_too_long": int(too_long.sum()),
     }
-
-
-def _lost(part: Part, tokens: Tokens, most: float, context: int | None) -> list[Finding]:
-    cut, gone = len(tokens.truncated), len(tokens.dropped)
-    if not cut + gone:
-        return []
-    rows = len(part.rows)
-    parts = []
-    if cut:
-        parts.append(
-            f"{cut:,} of {rows:,} rows {_are(cut)} cut at {tokens.limit:,} tokens ({part.where(tokens.truncated)})"
-        )
-    if gone:
-        parts.append(
-            f"{gone:,} of {rows:,} rows {_are(gone)} left out, with a prompt that alone fills {tokens.limit:,} tokens "
-            f"({part.where(tokens.dropped)})"
-        )
-    longest = int((tokens.given + tokens.learned).max())
-    message = "; ".join(parts) + f". The longest has {longest:,} tokens: "
-    if context is not None and longest > context:
-        message += f"shorten or split such rows: the base reads {context:,} at most"
-        message += f" (task.max_length is {tokens.limit:,})" if tokens.limit < context else ""
-    else:
-        message += f"set task.max_length={longest} to keep all whole"
-    share = (cut + gone) / rows
-    if share > most:
-        message += f", or allow it with data.max_truncated={_rounded_up(share)} (it is {most:g})"
-        return [Finding("error", "truncated", part.name, message + ".", refused=True)]
-    return [Finding("warning", "truncated", part.name, message + ".")]
-
-
-def _beyond(part: Part, tokens: Tokens, context: int | None) -> list[Finding]:
-    """Rows the base would be given although they are longer than it reads."""
-    if context is None or tokens.limit <= context:
-        return []
-    beyond = numpy.flatnonzero(numpy.minimum(tokens.given + tokens.learned, tokens.limit) > context)
-    if not len(beyond):
-        return []
-    message = (
-        f"{_have(beyond)} more than the {context:,} tokens the base can read ({part.where(beyond)}). "
-        f"Shorten or split them, or have them cut with task.max_length={context}."
-    )
-    return [Finding("error", "beyond_context", part.name, message, refused=True)]
-
-
-def _rounded_up(share: float) -> float:
-    return min(1.0, round(numpy.ceil(share * 100).item() / 100, 2))
-
-
-def _unseen(part: Part) -> list[Finding]:
-    if not part.unknown:
-        return []
-    labels = Counter(part.unknown.values())
-    named = ", ".join(f"{label!r} ({count:,})" for label, count in labels.most_common(10))
-    message = (
-        f"{_have(part.unknown)} labels that training rows don't: {named} ({part.where(list(part.unknown))}). "
-        "Add training rows with them, or take them out."
-    )
-    return [Finding("error", "unseen_labels", part.name, message, refused=True)]
-
-
-def _repeated(part: Part, exact: Sequence[int], near: Sequence[int]) -> list[Finding]:
-    found = []
-    rows = len(part.rows)
-    if exact:
-        message = f"{len(exact):,} of {rows:,} rows {_are(len(exact))} equal to an earlier one ({part.where(exact)})."
-        found.append(Finding("warning", "exact_duplicates", part.name, message))
-    if len(near) > _REPEATED * rows:
-        message = (
-            f"{len(near):,} of {rows:,} rows {_are(len(near))} nearly equal to an earlier one ({part.where(near)})."
-        )
-        found.append(Finding("warning", "near_duplicates", part.name, message))
-    return found
-
-
-def _leaked(part: Part, exact: Sequence[int], near: Sequence[int], trained_on: str) -> list[Finding]:
-    found = []
-    for code, level, rows, how in (("overlap", "error", exact, ""), ("near_overlap", "warning", near, "nearly ")):
-        if rows:
-            message = (
-                f"{len(rows):,} of {len(part.rows):,} rows ask{'s' * (len(rows) == 1)} {how}the same as a {trained_on} "
-                f"row, so scores come out too good ({part.where(rows)}). Take such rows out of either side."
-            )
-            found.append(Finding("error" if level == "error" else "warning", code, part.name, message))
-    return found
-
-
-def _answers(
-    part: Part, empty: Sequence[int], conflicting: Sequence[int], labels: Counter[str] | None
-) -> list[Finding]:
-    found = []
-    if conflicting:
-        message = (
-            f"{_have(conflicting)} the same text as an earlier one, and another label ({part.where(conflicting)})."
-        )
-        found.append(Finding("warning", "conflicting_labels", part.name, message))
-    if empty:
-        message = f"{_have(empty)} an empty answer: only its end is learned ({part.where(empty)})."
-        found.append(Finding("warning", "empty_answers", part.name, message))
-    if labels:
-        rare = [(label, count) for label, count in labels.items() if count < max(2, _RARE * len(part.rows))]
-        if rare:
-            named = ", ".join(f"{label!r} ({count:,})" for label, count in sorted(rare, key=lambda of: of[1])[:10])
-            message = (
-                f"{len(rare):,} of {len(labels):,} labels {_are(len(rare))} rare: {named}; too few rows to learn from."
-            )
-            found.append(Finding("warning", "rare_labels", part.name, message))
-    return found
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _have(rows: Sized) -> str:
-    return "1 row has" if len(rows) == 1 else f"{len(rows):,} rows have"
 
 
 def _lines(name: str, part: PartReport, limit: int | None) -> list[str]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULT_MAX_LENGTH = 1024
+_ENCODING = "2"
+"""To be raised when rows are encoded in another way, so that what an earlier version left in the cache is not used."""
 _TOLD = ("row", "length", "given", "learned", "truncated")
 
 
@@ -210,8 +212,9 @@ class Task(BaseModel):
         return {"name": self.name, "peft_task_type": self.peft_task_type, **self.model_dump(mode="json")}
 
     def _cache_key(self, rows: Dataset, tokenizer: Any) -> str:
-        """What the encoded rows depend on: the rows, these settings, the tokenizer and its template."""
+        """What the encoded rows depend on: the rows, these settings, the tokenizer and its template, our encoding."""
         parts = [
+            _ENCODING,
             rows._fingerprint,
             self.name,
             self.model_dump_json(),

@@ -10,7 +10,9 @@ import numpy
 
 from veneer.adapters import Base
 from veneer.data import DataReport, Part, report
-from veneer.data.report import MAX_TRUNCATED, Finding
+from veneer.data.findings import Finding
+from veneer.data.report import MAX_TRUNCATED
+from veneer.errors import ConfigError
 from veneer.tasks.base import Prepared, Task
 
 _LOOKED_AT = 200
@@ -51,8 +53,11 @@ def check_data(
         say: told what is being done, if it takes a while.
 
     Raises:
+        ConfigError: the base has no tokenizer.
         DataError: rows have a format the task does not take.
     """
+    if base is not None and base.tokenizer is None:
+        raise ConfigError(f"{base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
     rows = sum(len(part.rows) for part in parts)
     if rows >= _MANY:
         say(f"Looking at {rows:,} rows ...")

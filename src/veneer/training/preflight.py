@@ -52,8 +52,6 @@ def preflight(
         DataError: the data have errors that training refuses to start over.
         ConfigError: nothing would be trained, or memory clearly won't do.
     """
-    if adapter.base.tokenizer is None:
-        raise ConfigError(f"{adapter.base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
     if not adapter.trainable:
         raise ConfigError(
             f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
