@@ -113,6 +113,22 @@ def test_bad_input_is_one_clear_error(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_a_file_that_may_not_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_jsonl(folder / "mine.jsonl", sums(3))
+    original = Path.open
+
+    def forbidden(self: Path, *arguments: object, **options: object) -> object:
+        if self.name == file.name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert run("data", "check", "mine.jsonl") == 2
+    assert "error: mine.jsonl cannot be read: Permission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "txt"])
 def test_a_byte_order_mark_does_no_harm(folder: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
     table = "prompt,completion\na?,b\nc?,d\n"

@@ -86,17 +86,19 @@ def explained(path: Path, reader: str, error: Exception) -> str:
     cause = error.__cause__ or error
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return f"{path} has no rows."
-    problem = None
-    if reader == "parquet":
-        problem = _parquet_problem(path)
-    else:
-        problem = _encoding_problem(path) or (
-            _json_problem(path) if reader == "json" else _table_problem(path) if reader == "csv" else None
-        )
-    if problem:
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{path} cannot be read: {cause.strerror}" + (f" ({cause.filename})." if cause.filename else ".")
+    if problem := _problem(path, reader):
         return problem
     first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     return f"{path} cannot be read as {reader}: {first}"
+
+
+def _problem(path: Path, reader: str) -> str | None:
+    if reader == "parquet":
+        return _parquet_problem(path)
+    inner = {"json": _json_problem, "csv": _table_problem}.get(reader, lambda _: None)
+    return _encoding_problem(path) or inner(path)
 
 
 def _parquet_problem(path: Path) -> str | None:
