@@ -7,7 +7,8 @@ import datasets
 import pytest
 
 from helpers import sums, write_jsonl
-from veneer.data import Format, detect, read, split_off
+from veneer.data import Format, detect, read
+from veneer.data.reading import NUMBER, places
 from veneer.errors import DataError, FetchError
 
 ROWS = [{"prompt": "a?", "completion": "b"}, {"prompt": "c?", "completion": "d"}]
@@ -86,15 +87,15 @@ def test_data_is_memory_mapped(folder: Path) -> None:
         ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp\n', "line 2: malformed JSON"),
         ("list.jsonl", b'{"prompt": "a", "completion": "b"}\n[1]\n', "line 2: not a JSON object"),
         ("utf16.jsonl", '{"prompt": "a", "completion": "b"}'.encode("utf-16"), "not UTF-8"),
-        ("binary.parquet", b"\x00\x01\x02\x03", "cannot be read as parquet"),
+        ("binary.parquet", b"\x00\x01\x02\x03", "is no Parquet file"),
         ("odd.xlsx", b"x", "of no known kind"),
         ("cols.csv", b"question,answer\na,b\n", "has the columns question, answer"),
         ("near.csv", b"prompts,completion\na,b\n", "Did you mean 'prompt'"),
-        ("none.jsonl", b'{"prompt": "a", "completion": null}\n', "row 1: 'completion' is missing"),
+        ("none.jsonl", b'{"prompt": "a", "completion": null}\n', "none.jsonl, line 1: 'completion' is missing"),
         (
             "blank.jsonl",
             b'{"prompt": "a", "completion": "b"}\n{"prompt": " ", "completion": "b"}\n',
-            "row 2: 'prompt' is empty",
+            "blank.jsonl, line 2: 'prompt' is empty",
         ),
         ("label.jsonl", b'{"text": "a", "label": 0.5}\n', "a label is a string or an integer"),
         ("chat.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "no turn of the assistant"),
@@ -118,11 +119,32 @@ def test_names_that_lead_nowhere(folder: Path) -> None:
         read([])
 
 
-def test_split_off() -> None:
-    rows = read(sums(20))
-    train, held_out = split_off(rows, 0.25, seed=0)
-    assert (len(train), len(held_out)) == (15, 5)
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-    assert list(split_off(rows, 0.25, seed=0)[1]) == list(held_out)
-    with pytest.raises(DataError, match="single row"):
-        split_off(read(sums(1)), 0.5, seed=0)
+def test_labels_that_are_numbers_with_names_come_by_name() -> None:
+    label = datasets.ClassLabel(names=["no", "yes"])
+    rows = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "label": [1, 0]},
+        features=datasets.Features({"text": datasets.Value("string"), "label": label}),
+    )
+    assert list(read(rows)) == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
+
+
+def test_places_of_rows(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('\n{"text": "a"}\n\n{"text": "b"}\n')
+    (folder / "b.csv").write_text('id,text\n1,"two\nlines"\n\n2,c\n')
+    (folder / "c.json").write_text('[{"text": "d"}]')
+    rows = read(["a.jsonl", {"path": "b.csv"}, "c.json"], numbered=True)
+    assert list(rows["text"]) == ["a", "b", "two\nlines", "c", "d"]
+    shuffled = rows.shuffle(seed=1)
+    found = places(["a.jsonl", {"path": "b.csv"}, "c.json"], shuffled[NUMBER])
+    told = {text: str(place) for text, place in zip(shuffled["text"], found, strict=True)}
+    assert told == {
+        "a": "a.jsonl, line 2",
+        "b": "a.jsonl, line 4",
+        "two\nlines": "b.csv, line 2",
+        "c": "b.csv, line 5",
+        "d": "c.json, row 1",
+    }
+    assert [str(place) for place in places(ROWS, [1])] == ["the data, row 2"]
+    (folder / "texts").mkdir()
+    (folder / "texts" / "one.txt").write_text("x")
+    assert [str(place) for place in places("texts", [0])] == ["texts/one.txt, row 1"]

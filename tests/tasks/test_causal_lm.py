@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import veneer
-from helpers import sums
+from helpers import sums, write_jsonl
 from veneer.data import read
 from veneer.errors import DataError
 from veneer.tasks.causal_lm import IGNORED, CausalLM
@@ -91,6 +93,38 @@ def test_long_text_is_cut_into_pieces_and_nothing_is_lost(smollm: veneer.Base) -
     assert max(len(piece["input_ids"]) for piece in pieces) == 64
     everything = [token for piece in pieces for token in piece["input_ids"]]
     assert smollm.tokenizer.decode(everything) == text + "<|im_end|>"
+
+
+def test_the_end_of_a_text_is_learned_wherever_it_is_cut(smollm: veneer.Base) -> None:
+    """Even where the end token would stand alone, with nothing before it to predict it from."""
+    end = smollm.tokenizer.eos_token_id
+    text = "one two three four five six seven"
+    whole = CausalLM().encode({"text": text}, smollm.tokenizer)[0]["input_ids"]
+    for length in range(2, len(whole) + 1):
+        pieces = CausalLM(max_length=length).encode({"text": text}, smollm.tokenizer)
+        assert pieces[-1]["labels"][-1] == end
+        assert all(2 <= len(piece["labels"]) <= length for piece in pieces)
+
+
+def test_lengths_are_told_before_anything_is_cut(smollm: veneer.Base) -> None:
+    rows = [*sums(3), {"prompt": "word " * 100, "completion": "x"}, {"prompt": "x", "completion": "word " * 100}]
+    tokens = CausalLM(max_length=60).prepare(read(rows), smollm.tokenizer).tokens
+    assert tokens.truncated.tolist() == [4]
+    assert tokens.dropped.tolist() == [3]
+    assert tokens.given[3] > 100 > tokens.learned[3] == 2
+    assert tokens.learned[4] > 100 > tokens.given[4]
+    assert tokens.given[0] + tokens.learned[0] == len(CausalLM().encode(rows[0], smollm.tokenizer)[0]["input_ids"])
+
+
+def test_what_another_version_left_in_the_cache_is_not_used(
+    smollm: veneer.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read(write_jsonl(tmp_path / "rows.jsonl", sums(3)))
+    now = CausalLM().prepare(rows, smollm.tokenizer).examples
+    again = CausalLM().prepare(rows, smollm.tokenizer).examples
+    assert now._fingerprint == again._fingerprint
+    monkeypatch.setattr("veneer.tasks.base._ENCODING", "another")
+    assert CausalLM().prepare(rows, smollm.tokenizer).examples._fingerprint != now._fingerprint
 
 
 def test_truncation_is_counted(smollm: veneer.Base) -> None:

@@ -23,6 +23,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    weights: bool = True,
     **config: Any,
 ) -> Pretrained:
     """Load a pretrained model and its tokenizer.
@@ -35,6 +36,7 @@ def load_pretrained(
         device: by default CUDA, MPS or CPU, the first there is.
         revision: of a hub id.
         offline: True forbids all downloads; None leaves it to ``VENEER_OFFLINE`` and ``HF_HUB_OFFLINE``.
+        weights: False leaves them out: architecture and tokenizer alone, at once, in next to no memory.
         config: settings of the model's config, such as ``num_labels``.
 
     Raises:
@@ -52,6 +54,10 @@ def load_pretrained(
             wanted = auto_class or _default_auto_class(settings)
             _check_kind(str(name), wanted, settings)
             cls = getattr(transformers, wanted)
+            if not weights:
+                with torch.device("meta"):
+                    model = cls.from_config(settings, dtype=_dtype(dtype, settings, device))
+                return Pretrained(model, _tokenizer(source, where), name=str(name))
             if "gguf_file" in where:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             model, info = cls.from_pretrained(

@@ -14,6 +14,7 @@ from veneer.errors import VeneerError
 COMMANDS = {
     "demo": "Train a real model on a real task, in minutes, and prove what it learned.",
     "train": "Train an adapter from a config and key=value overrides.",
+    "data": "Check a data file before it is learned from, or part it into train, validation, test.",
     "eval": "Evaluate an adapter on held-out data, the plain base beside it.",
     "predict": "Answer every row of a file.",
     "generate": "Answer one prompt, with or without an adapter.",

@@ -10,7 +10,7 @@ Besides, a ``task`` column may say which of several mixed tasks a row belongs to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -48,23 +48,41 @@ def detect(columns: Collection[str], where: str = "the data") -> Format:
     )
 
 
-def check_rows(rows: Iterable[Mapping[str, Any]], format: Format, where: str) -> None:
-    """Check that every row has what its format needs.
-
-    Raises:
-        DataError: a row does not; the message names the row (counted from 1) and the column.
-    """
-    for number, row in enumerate(rows, start=1):
+def problems(rows: Iterable[Mapping[str, Any]], format: Format) -> Iterator[tuple[int, str]]:
+    """What rows lack that their format needs: pairs of a row's index and what is wrong with it."""
+    for index, row in enumerate(rows):
         for column in format.columns:
             problem = _problem(row.get(column), column)
             if problem:
-                raise DataError(f"{where}, row {number}: {column!r} {problem}.")
+                yield index, f"{column!r} {problem}"
+
+
+def asked_and_answered(row: Mapping[str, Any], format: Format) -> tuple[str, str]:
+    """A row as plain text: what is asked, and what is answered (the empty string for plain text)."""
+    if format is Format.MESSAGES:
+        turns = list(row["messages"])
+        last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
+        return _plain(turns[:last]), "" if last == len(turns) else _content(turns[last])
+    if format is Format.PROMPT_COMPLETION:
+        return _plain(row["prompt"]), _plain(row["completion"])
+    return str(row["text"]), str(row["label"]) if format is Format.TEXT_LABEL else ""
+
+
+def _plain(value: str | Sequence[Mapping[str, Any]]) -> str:
+    return value if isinstance(value, str) else "\n".join(f"{turn['role']}: {_content(turn)}" for turn in value)
+
+
+def _content(turn: Mapping[str, Any]) -> str:
+    content = turn.get("content")
+    return "" if content is None else str(content)
 
 
 def _problem(value: Any, column: str) -> str:
     if value is None:
         return "is missing"
     if column == "label":
+        if value == "":
+            return "is empty"
         return "" if isinstance(value, str | int | bool) else f"is {value!r}; a label is a string or an integer"
     if column == "messages" or isinstance(value, list):
         return _messages_problem(value, must_answer=column == "messages")
@@ -79,6 +97,10 @@ def _messages_problem(value: Any, *, must_answer: bool) -> str:
     for message in value:
         if not isinstance(message, Mapping) or not message.get("role"):
             return f"holds {message!r}, which is no {{role, content}}"
+        if message.get("content") is None and not message.get("tool_calls"):
+            return f"holds a turn of {message['role']!r} without content"
     if must_answer and not any(message["role"] == "assistant" for message in value):
-        return "has no turn of the assistant, so there is nothing to learn"
+        roles = {str(message["role"]) for message in value}
+        hints = "".join(did_you_mean(role, ["assistant"]) for role in sorted(roles))
+        return f"has no turn of the assistant, so there is nothing to learn.{hints} Roles: {', '.join(sorted(roles))}"
     return ""

@@ -5,14 +5,18 @@ Everything becomes a `datasets.Dataset`, which is memory-mapped, so data larger 
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.data.catalogue import DATASETS
-from veneer.data.formats import check_rows, detect
+from veneer.data.diagnosis import check_bytes, check_header, explained
+from veneer.data.formats import Format, detect, problems
+from veneer.data.records import SEPARATORS, Place, has_lines
+from veneer.data.records import rows as records_of
 from veneer.errors import DataError, FetchError, did_you_mean
 from veneer.storage import cache_dir
 
@@ -29,6 +33,9 @@ _READERS = {
     ".txt": "text",
     ".md": "text",
 }
+NUMBER = "__row__"
+"""Column of `read` with ``numbered=True``: which row of the source each is, whatever is shuffled or left out later."""
+_TOLD = 10
 
 
 def read(
@@ -37,6 +44,7 @@ def read(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     check: bool = True,
+    numbered: bool = False,
 ) -> Dataset:
     """Read rows in a known format.
 
@@ -47,19 +55,42 @@ def read(
         split: of a catalogue or hub data set.
         columns: our name of a column -> its name in the source.
         check: whether to check every row; off, only the columns are looked at.
+        numbered: add a column `NUMBER`, from which `places` tells the line of a row.
 
     Raises:
         DataError: nothing is there, it cannot be parsed, or a row is wrong; says which file and row.
         FetchError: it has to be downloaded and cannot be.
     """
-    if isinstance(source, list | tuple) and source and not _is_row(source[0]):
-        return _mixed([read(part, split=split, columns=columns, check=check) for part in source])
-    rows = read_raw(source, split=split, columns=columns)
-    where = str(source) if isinstance(source, str | Path) else "the data"
-    format = detect(rows.column_names, where)
-    if check:
-        check_rows(rows, format, where)
-    return rows
+    if isinstance(source, list | tuple) and _is_mixture(source):
+        rows = _mixed([read(part, split=split, columns=columns, check=check) for part in source])
+    else:
+        rows = read_raw(source, split=split, columns=columns)
+        format = detect(rows.column_names, _name(source))
+        if check:
+            _check_rows(rows, format, source, split)
+    return _numbered(rows) if numbered else rows
+
+
+def places(source: Any, numbers: Sequence[int], *, split: str = "train") -> list[Place]:
+    """Where rows of a source stand: file and line where there are lines, else the row.
+
+    Args:
+        source: as it was given to `read`.
+        numbers: of rows, as in the column `NUMBER`.
+        split: as it was given to `read`.
+    """
+    found: dict[int, Place] = {}
+    start = 0
+    for name, path, count in _files(source, split):
+        wanted = {number - start for number in numbers if start <= number < start + count}
+        if path is not None and has_lines(path) and wanted:
+            for index, record in enumerate(records_of(path)):
+                if index in wanted:
+                    found[start + index] = Place(name, "line", record.line)
+        else:
+            found |= {start + index: Place(name, "row", index + 1) for index in wanted}
+        start += count
+    return [found.get(number) or Place(_name(source), "row", number + 1) for number in numbers]
 
 
 def read_raw(source: Any, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Dataset:
@@ -82,17 +113,73 @@ def read_raw(source: Any, *, split: str = "train", columns: Mapping[str, str] | 
     return _renamed(_load(str(source), split), columns, str(source))
 
 
-def split_off(rows: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off a random share for validation, at least one row on either side.
+def each(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows one by one; a good deal faster than iterating over the data set."""
+    for batch in rows.iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def file_of(source: str, split: str = "train") -> Path:
+    """The data file a name leads to: itself, or a catalogued data set's.
 
     Raises:
-        DataError: there are fewer than two rows.
+        DataError: it is no file of a known kind.
     """
-    if len(rows) < 2:
-        raise DataError("A single row cannot be split into training and validation; set data.validation to 0.")
-    held_out = min(max(1, round(share * len(rows))), len(rows) - 1)
-    parts = rows.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+    path = DATASETS[source].fetch(split) if source in DATASETS else Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"{source} is a folder; name one file of it.")
+    if not path.is_file():
+        raise _missing(source, path)
+    _reader(path)
+    return path
+
+
+def _check_rows(rows: Dataset, format: Format, source: Any, split: str) -> None:
+    wrong: dict[int, str] = {}
+    for index, problem in problems(each(rows), format):
+        wrong.setdefault(index, problem)
+    if not wrong:
+        return
+    where = places(source, list(wrong)[:_TOLD], split=split)
+    told = [f"{place}: {problem}." for place, problem in zip(where, wrong.values(), strict=False)]
+    if len(told) == 1:
+        raise DataError(told[0])
+    more = f"\n  and {len(wrong) - len(told):,} more" if len(wrong) > len(told) else ""
+    raise DataError(f"{_name(source)} has {len(wrong):,} bad rows:\n  " + "\n  ".join(told) + more)
+
+
+def _numbered(rows: Dataset) -> Dataset:
+    import numpy
+
+    if NUMBER in rows.column_names:
+        rows = rows.remove_columns(NUMBER)
+    return rows.add_column(NUMBER, numpy.arange(len(rows)))
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, Mapping):
+        return str(source["path"])
+    return str(source) if isinstance(source, str | Path) else "the data"
+
+
+def _files(source: Any, split: str) -> list[tuple[str, Path | None, int]]:
+    """What `read` reads, in its order: name, file (None where there is none), number of rows."""
+    if isinstance(source, list | tuple) and _is_mixture(source):
+        return [file for part in source for file in _files(part, split)]
+    if isinstance(source, Mapping):
+        return _files(source["path"], source.get("split") or split)
+    if isinstance(source, str | Path):
+        path = DATASETS[str(source)].fetch(split) if str(source) in DATASETS else Path(source).expanduser()
+        if path.is_dir():
+            return [(str(file), file, len(_from_file(file))) for file in _data_files(path)]
+        if path.is_file():
+            return [(str(source), path, len(_from_file(path)))]
+    return [(_name(source), None, len(read_raw(source, split=split)))]
+
+
+def _is_mixture(source: Sequence[Any]) -> bool:
+    return bool(source) and not _is_row(source[0])
 
 
 def _is_row(value: Any) -> bool:
@@ -140,7 +227,20 @@ def _renamed(rows: Dataset, columns: Mapping[str, str] | None, where: str) -> Da
             rows = rows.rename_column(theirs, ours)
     if len(rows) == 0:
         raise DataError(f"{where} has no rows.")
-    return rows
+    return _labelled_by_name(rows)
+
+
+def _labelled_by_name(rows: Dataset) -> Dataset:
+    """Hub data sets often number their labels and keep the names aside."""
+    import datasets
+
+    feature = rows.features.get("label")
+    if not isinstance(feature, datasets.ClassLabel):
+        return rows
+    names = feature.names
+    numbers = rows["label"][:]
+    labels = [None if number is None or number < 0 else names[number] for number in numbers]
+    return rows.remove_columns("label").add_column("label", labels, feature=datasets.Value("string"))
 
 
 def _load(source: str, split: str) -> Dataset:
@@ -152,40 +252,72 @@ def _load(source: str, split: str) -> Dataset:
     if path.exists():
         return _from_file(path)
     if path.suffix in _READERS or path.is_absolute() or source.startswith((".", "~")) or "/" not in source:
-        siblings = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-        known = [*siblings, *DATASETS]
-        raise DataError(f"There is no data file {source}.{did_you_mean(path.name, known)}")
+        raise _missing(source, path)
     return _from_hub(source, split)
+
+
+def _missing(source: str, path: Path) -> DataError:
+    siblings = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
+    return DataError(f"There is no data file {source}.{did_you_mean(path.name, [*siblings, *DATASETS])}")
+
+
+def _reader(path: Path) -> str:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} is of no known kind; known are {', '.join(_READERS)}.")
+    return reader
 
 
 def _from_file(path: Path) -> Dataset:
     import datasets
 
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path} is of no known kind; known are {', '.join(_READERS)}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty.")
+    reader = _reader(path)
     try:
+        check_bytes(path, reader)
         options = _options(path, reader)
-        return datasets.load_dataset(
-            reader, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
-        )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError, OSError, KeyError) as error:
-        raise DataError(_explained(path, reader, error)) from error
+        with _silent():
+            return datasets.load_dataset(
+                reader, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
+            )
+    except DataError:
+        raise
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        ValueError,
+        TypeError,
+        OSError,
+        KeyError,
+        StopIteration,
+        csv.Error,
+    ) as error:
+        raise DataError(explained(path, reader, error)) from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What goes wrong is said by `explained`; datasets' own log would say it a second time."""
+    import datasets
+
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _options(path: Path, reader: str) -> dict[str, Any]:
     import datasets
 
     if reader == "text":
-        return {"sample_by": "document"}
+        return {"sample_by": "document", "encoding": "utf-8-sig"}
     if reader != "csv":
         return {}
     # Cells as they stand: 007 stays 007, and None, NA and null are words.
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = SEPARATORS[path.suffix.lower()]
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file, delimiter=separator), [])
+    check_header(path, header)
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
 
@@ -194,13 +326,17 @@ def _from_folder(path: Path) -> Dataset:
     """A folder of texts, a file a row; or of data files all of one kind."""
     import datasets
 
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+    files = _data_files(path)
     kinds = {_READERS[file.suffix.lower()] for file in files}
     if not files:
         raise DataError(f"The folder {path} holds no data files ({', '.join(_READERS)}).")
     if len(kinds) > 1:
         raise DataError(f"The folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file.")
     return datasets.concatenate_datasets([_from_file(file) for file in files])
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
 
 
 def _from_hub(name: str, split: str) -> Dataset:
@@ -211,25 +347,3 @@ def _from_hub(name: str, split: str) -> Dataset:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FetchError(f"There is no file {name}, and as a hub data set it cannot be had: {first}") from error
-
-
-def _explained(path: Path, reader: str, error: Exception) -> str:
-    """Say where the file is broken, if that can be found out."""
-    cause = error.__cause__ or error
-    if "corresponds to no data" in str(error):
-        return f"{path} has no rows."
-    first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-    try:
-        with path.open(encoding="utf-8") as file:
-            if reader == "json" and path.suffix.lower() != ".json":
-                for number, line in enumerate(file, start=1):
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        return f"{path}, line {number}: not a JSON object: {line.strip()[:80]}"
-            else:
-                for _ in file:
-                    pass
-    except UnicodeDecodeError:
-        return f"{path} is not UTF-8 text; convert it first (e.g. with iconv)."
-    except json.JSONDecodeError as broken:
-        return f"{path}, line {number}: malformed JSON ({broken.msg} at column {broken.colno}): {line.strip()[:80]}"
-    return f"{path} cannot be read as {reader}: {first}"

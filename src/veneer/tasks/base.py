@@ -8,17 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from veneer.adapters import Base
-from veneer.data import Format, detect
+from veneer.data import Format, Tokens, detect
 from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULT_MAX_LENGTH = 1024
+_ENCODING = "2"
+"""To be raised when rows are encoded in another way, so that what an earlier version left in the cache is not used."""
+_TOLD = ("row", "length", "given", "learned", "truncated")
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,24 @@ class Prepared:
     """Rows turned into model inputs.
 
     Attributes:
-        examples: one a row, or several for a long text.
-        truncated: rows cut at the longest length allowed.
-        dropped: rows with nothing left to learn.
+        examples: one a row, or several for a long text; none for a row with nothing left to learn.
+        tokens: of the rows before any was cut.
         longest: tokens of the longest example.
     """
 
     examples: Dataset
-    truncated: int
-    dropped: int
+    tokens: Tokens
     longest: int
+
+    @property
+    def truncated(self) -> int:
+        """Rows cut at the longest length allowed."""
+        return len(self.tokens.truncated)
+
+    @property
+    def dropped(self) -> int:
+        """Rows with nothing left to learn."""
+        return len(self.tokens.dropped)
 
 
 class Task(BaseModel):
@@ -81,7 +93,11 @@ class Task(BaseModel):
     @classmethod
     @abstractmethod
     def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
-        """The task with what can be told from the data (labels) and the base (its template)."""
+        """The task with what can be told from the data (labels) and the base (its template).
+
+        Raises:
+            DataError: it doesn't take rows of this format.
+        """
 
     def head(self, base: Base, *, seed: int) -> dict[str, dict[str, Tensor]]:
         """Initial values of the modules it trains in full, by path and parameter name; none by default."""
@@ -89,7 +105,22 @@ class Task(BaseModel):
 
     @abstractmethod
     def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
-        """Model inputs of one row: dicts with ``input_ids``, ``labels`` and ``truncated``."""
+        """Model inputs of one row, at least one: dicts with ``input_ids`` (empty if nothing to learn is left after
+        cutting), ``labels``, ``truncated``, and the tokens of the whole row: those given and those to be learned, as
+        ``given`` and ``learned``."""
+
+    def faults(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[str]:
+        """What is wrong with the way these rows are put to the model: ends that are not learned, turns that are not
+        closed; none by default."""
+        return []
+
+    @abstractmethod
+    def pieces(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+        """A row as the model gets it, as text for people: pieces, and whether each is learned."""
+
+    def unknown_labels(self, rows: Dataset) -> dict[int, str]:
+        """Index of a row -> its label, for labels this task doesn't know."""
+        return {}
 
     @abstractmethod
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
@@ -135,14 +166,15 @@ class Task(BaseModel):
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """A row's question, the answer expected (if known) and the one given, as text for people."""
 
-    def prepare(self, rows: Dataset, tokenizer: Any) -> Prepared:
+    def prepare(self, rows: Dataset, tokenizer: Any, *, allow_none: bool = False) -> Prepared:
         """Encode all rows, on disk where the rows are.
 
         Raises:
-            DataError: the rows have a format this task does not take, or nothing is left of them.
+            DataError: the rows have a format this task does not take, or nothing is left of them (unless that is
+                allowed).
         """
         self.check_format(rows)
-        examples = rows.map(
+        encoded = rows.map(
             _encode_batch,
             batched=True,
             with_indices=True,
@@ -151,29 +183,38 @@ class Task(BaseModel):
             new_fingerprint=self._cache_key(rows, tokenizer),
             desc="Tokenizing",
         )
-        if not len(examples):
+        told = {name: column[:] for name in _TOLD for column in [encoded.with_format("numpy")[name]]}
+        kept = told["length"] > 0
+        if not kept.any() and not allow_none:
             raise DataError(f"None of the {len(rows)} rows has anything to learn within {self.max_length} tokens.")
-        told = examples.with_format("numpy")
-        dropped = len(rows) - len(set(told["row"][:]))
-        truncated, longest = int(told["truncated"][:].sum()), int(told["length"][:].max())
-        return Prepared(examples.remove_columns(["row", "truncated"]), truncated, dropped, longest)
+        _, firsts = numpy.unique(told["row"], return_index=True)  # a long text has several examples
+        tokens = Tokens(
+            given=told["given"][firsts],
+            learned=told["learned"][firsts],
+            truncated=told["row"][firsts][told["truncated"][firsts] & kept[firsts]],
+            dropped=told["row"][firsts][~kept[firsts]],
+            kept=int(told["length"].sum()),
+            limit=self.max_length,
+        )
+        examples = encoded if kept.all() else encoded.select(numpy.flatnonzero(kept))
+        return Prepared(examples.select_columns(["input_ids", "labels", "length"]), tokens, int(told["length"].max()))
 
-    def check_format(self, rows: Dataset) -> None:
+    @classmethod
+    def check_format(cls, rows: Dataset) -> None:
         """Raises DataError if these rows are not for this task."""
         format = detect(rows.column_names)
-        if format not in self.formats:
-            wanted = "; or ".join(", ".join(f.columns) for f in self.formats)
-            raise DataError(
-                f"Task {self.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}."
-            )
+        if format not in cls.formats:
+            wanted = "; or ".join(", ".join(f.columns) for f in cls.formats)
+            raise DataError(f"Task {cls.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}.")
 
     def describe(self) -> dict[str, Any]:
         """Itself as a plain mapping, for an adapter's files."""
         return {"name": self.name, "peft_task_type": self.peft_task_type, **self.model_dump(mode="json")}
 
     def _cache_key(self, rows: Dataset, tokenizer: Any) -> str:
-        """What the encoded rows depend on: the rows, these settings, the tokenizer and its template."""
+        """What the encoded rows depend on: the rows, these settings, the tokenizer and its template, our encoding."""
         parts = [
+            _ENCODING,
             rows._fingerprint,
             self.name,
             self.model_dump_json(),
@@ -187,7 +228,8 @@ class Task(BaseModel):
 def _encode_batch(
     batch: Mapping[str, list[Any]], indices: Sequence[int], task: Task, tokenizer: Any
 ) -> dict[str, list[Any]]:
-    encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "truncated": [], "length": [], "row": []}
+    names = ("input_ids", "labels", *_TOLD)
+    encoded: dict[str, list[Any]] = {name: [] for name in names}
     for index, *values in zip(indices, *batch.values(), strict=True):
         for example in task.encode(dict(zip(batch, values, strict=True)), tokenizer):
             example |= {"length": len(example["input_ids"]), "row": index}

@@ -11,6 +11,7 @@ generation, where the prompt stands alone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ IGNORED = -100
 """Label of a token that carries no loss; cross_entropy's own default."""
 
 
+_UNLIMITED = 1 << 30
+
+
 class CausalLM(Task):
     """Learn to go on with a text, or to answer prompts."""
 
@@ -56,6 +60,8 @@ class CausalLM(Task):
     @classmethod
     def for_rows(cls, rows: Dataset | None, base: Base | None, **settings: Any) -> Self:
         """Chat where the base has a chat template, else plain; answers half again as long as those to learn."""
+        if rows is not None:
+            cls.check_format(rows)
         tokenizer = base.tokenizer if base is not None else None
         if "template" not in settings and not getattr(tokenizer, "chat_template", None):
             settings["template"] = "plain"
@@ -69,15 +75,51 @@ class CausalLM(Task):
         return cls(**settings)
 
     def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
-        """One example, or several for a long plain text; none if nothing to learn is left after cutting."""
-        if row.get("text") is not None and "messages" not in row and "prompt" not in row:
+        """One example, or several for a long plain text; an empty one if nothing to learn is left after cutting."""
+        if _is_text(row):
             return self._encode_text(row["text"], tokenizer)
         ids, labels = self._tokens(self._segments(row, tokenizer), tokenizer)
-        truncated = len(ids) > self.max_length
+        learned = sum(label != IGNORED for label in labels)
+        told = {"given": len(ids) - learned, "learned": learned, "truncated": len(ids) > self.max_length}
         ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if all(label == IGNORED for label in labels):
-            return []
-        return [{"input_ids": ids, "labels": labels, "truncated": truncated}]
+        if all(label == IGNORED for label in labels[1:]):  # the first token is predicted from nothing
+            ids = labels = []
+        return [{"input_ids": ids, "labels": labels, **told}]
+
+    def faults(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[str]:
+        """Ends that carry no loss, and turns of the assistant that the template does not close."""
+        end = tokenizer.eos_token_id
+        if end is None:
+            return [
+                "the base's tokenizer has no end token, so answers would never end; set one: "
+                "tokenizer.eos_token in tokenizer_config.json"
+            ]
+        whole = self.model_copy(update={"max_length": _UNLIMITED})
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        closing = {end, *tokenizer.all_special_ids, *(token for token, of in added.items() if of.special)}
+        unlearned = unclosed = 0
+        for row in rows:
+            labels = whole.encode(row, tokenizer)[0]["labels"]
+            unlearned += labels[-1:] != [end]
+            turns = 0 if _is_text(row) else sum(turn["role"] == "assistant" for turn in _messages(row))
+            unclosed += turns > 1 and sum(not closing.isdisjoint(run) for run in _stretches(labels)) < turns
+        told = []
+        if unlearned:
+            told.append(f"the end token {tokenizer.eos_token} carries no loss in {unlearned} of {len(rows)} rows")
+        if unclosed:
+            told.append(
+                f"the base's chat template does not close the assistant's turns with an end token ({unclosed} of "
+                f"{len(rows)} rows have several), so answers would run on; use a template that does "
+                "(tokenizer.chat_template), or rows with one answer each"
+            )
+        return told
+
+    def pieces(self, row: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
+        """The row's tokens as text, cut where learning begins and ends."""
+        example = self.encode(row, tokenizer)[0]
+        marked = zip(example["input_ids"], example["labels"], strict=True)
+        runs = itertools.groupby(marked, key=lambda pair: pair[1] != IGNORED)
+        return [(tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs]
 
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each ``[rows, tokens]``."""
@@ -221,8 +263,14 @@ class CausalLM(Task):
         ids = tokenizer(text)["input_ids"]
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
-        pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
-        return [{"input_ids": piece, "labels": piece, "truncated": False} for piece in pieces if len(piece) > 1]
+        if len(ids) < 2:  # the first token is predicted from nothing
+            ids = []
+        starts = range(0, max(len(ids) - 1, 1), self.max_length)
+        pieces = [ids[start : start + self.max_length] for start in starts]
+        if len(ids) - starts[-1] > self.max_length:
+            pieces.append(ids[-2:])  # the end token alone would be predicted from nothing
+        told = {"given": 0, "learned": len(ids), "truncated": False}
+        return [{"input_ids": piece, "labels": piece, **told} for piece in pieces]
 
 
 def _chat_segments(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Segment]:
@@ -273,6 +321,15 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _content(value: str | Sequence[Mapping[str, Any]]) -> str:
     return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    return row.get("text") is not None and "messages" not in row and "prompt" not in row
+
+
+def _stretches(labels: Sequence[int]) -> list[list[int]]:
+    """The learned tokens, a list for each unbroken run of them."""
+    return [list(run) for learned, run in itertools.groupby(labels, key=lambda label: label != IGNORED) if learned]
 
 
 def _last_index(ids: Sequence[int], wanted: int | None) -> int:

@@ -24,6 +24,7 @@ def load_base(
     device: torch.device | str | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    weights: bool = True,
 ) -> Base:
     """Load a base.
 
@@ -35,6 +36,7 @@ def load_base(
         device: by default CUDA, MPS or CPU, the first there is.
         revision: of a hub id.
         offline: True forbids downloads.
+        weights: False leaves them out: architecture and tokenizer alone, for looking at data.
 
     Raises:
         BaseError: the name leads to nothing that can be loaded.
@@ -47,6 +49,7 @@ def load_base(
         device=device,
         revision=revision,
         offline=offline,
+        weights=weights,
     )
     origin = {
         "name": found.name,

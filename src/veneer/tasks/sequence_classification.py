@@ -43,12 +43,12 @@ class SequenceClassification(Task):
         Raises:
             DataError: there are fewer than two, or implausibly many.
         """
+        if rows is not None:
+            cls.check_format(rows)
         if "labels" not in settings:
             if rows is None:
                 raise DataError("Classification needs its labels, or data to take them from.")
-            feature = rows.features["label"]
-            names = getattr(feature, "names", None)
-            found = list(names) if names else sorted({str(label) for label in rows["label"]})
+            found = sorted({str(label) for label in rows["label"]})
             if not 2 <= len(found) <= MOST_LABELS:
                 raise DataError(f"Classification needs 2 to {MOST_LABELS} different labels; the data has {len(found)}.")
             settings["labels"] = tuple(found)
@@ -95,7 +95,18 @@ class SequenceClassification(Task):
         """
         ids = tokenizer(row["text"])["input_ids"]
         kept = tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
-        return [{"input_ids": kept, "labels": self._index(row["label"]), "truncated": len(kept) < len(ids)}]
+        told = {"given": len(ids), "learned": 0, "truncated": len(kept) < len(ids)}
+        return [{"input_ids": kept, "labels": self._index(row["label"]), **told}]
+
+    def pieces(self, row: Mapping[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:
+        """The tokens of the text as text, and the label."""
+        ids = tokenizer(row["text"], truncation=True, max_length=self.max_length)["input_ids"]
+        return [(tokenizer.decode(ids), False), (f" → label {row['label']}", True)]
+
+    def unknown_labels(self, rows: Dataset) -> dict[int, str]:
+        """Those that are none of `labels`."""
+        names = (str(label) for label in rows["label"])
+        return {index: name for index, name in enumerate(names) if name not in self.labels}
 
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Pad on the right: ``input_ids``, ``attention_mask`` ``[rows, tokens]``; ``labels`` ``[rows]``."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
+from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.methods import Method, method_from_config, methods
 from veneer.methods.registry import DEFAULT
@@ -66,6 +67,8 @@ class DataSettings(BaseModel):
     """Train on a random choice of this many rows."""
     validation_limit: int | None = Field(None, ge=1)
     """Validate on a random choice of this many rows."""
+    max_truncated: float = Field(MAX_TRUNCATED, ge=0, le=1)
+    """Share of the rows that may be cut at task.max_length, or left out because of it; more is an error."""
 
 
 class RunConfig(BaseModel):

@@ -15,11 +15,13 @@ import yaml
 from pydantic import ValidationError
 
 from veneer.adapters import Adapter, Base
-from veneer.data import read, split_off
+from veneer.data import Part, read, split_off
+from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import ConfigError, OutputError
 from veneer.storage import write_json, write_text
-from veneer.tasks import Prepared, Task, choose_task, load_base, task_class, task_from_config
-from veneer.training.config import RunConfig, explain
+from veneer.tasks import Checked, Task, choose_task, load_base, task_class, task_from_config
+from veneer.training.config import DataSettings, RunConfig, explain
+from veneer.training.preflight import Pace, preflight
 from veneer.training.progress import Progress, Samples, console, duration, peak_memory, program, size
 from veneer.training.settings import TrainSettings
 from veneer.training.trainer import Trainer, checkpoints
@@ -68,6 +70,7 @@ def train(
     validation: Any = 0.1,
     task: Task | str | None = None,
     output: str | Path | None = None,
+    max_truncated: float = MAX_TRUNCATED,
     **settings: Any,
 ) -> Result:
     """Train an adapter on data.
@@ -78,24 +81,21 @@ def train(
         validation: the same, or the share of rows to hold out; 0 for none.
         task: what to train for; by default what the data's columns ask for.
         output: folder for checkpoints and log; by default a temporary one. Call ``adapter.save`` for the result.
+        max_truncated: share of the rows that may be cut or left out for being too long; more is an error.
         settings: of `TrainSettings`, e.g. ``epochs=1, learning_rate=1e-4``.
 
     Raises:
-        DataError: the data cannot be read or doesn't suit the task.
+        DataError: the data cannot be read, has errors, or doesn't suit the task.
         ConfigError: a setting is wrong.
     """
     options = _settings(settings)
-    rows = read(data)
-    held_out: Dataset | None = None
-    if isinstance(validation, int | float):
-        if validation:
-            rows, held_out = split_off(rows, float(validation), seed=options.seed)
-    else:
-        held_out = read(validation, split="validation")
-    chosen = _task(adapter, task, rows)
+    parts = _parts(DataSettings.model_construct(train=data, validation=validation), options.seed)
+    chosen = _task(adapter, task, parts[0].rows)
+    _header(adapter, chosen)
+    checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
         folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
-        return _fit(adapter, chosen, rows, held_out, options, folder, resume=None)
+        return _fit(adapter, chosen, checked, options, folder, resume=None)
 
 
 def run(config: RunConfig) -> tuple[Adapter, Result]:
@@ -106,7 +106,8 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         VeneerError: base, data or method don't fit.
     """
     resume = _open_output(config)
-    rows, held_out = _rows(config)
+    parts = _parts(config.data, config.train.seed)
+    rows = parts[0].rows
     name = config.task.get("name") or choose_task(rows).name
     base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
     settings = {key: value for key, value in config.task.items() if key != "name"}
@@ -115,8 +116,11 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
     )
     adapter.task = task.describe()
+    _header(adapter, task)
+    most = config.data.max_truncated
+    checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
     write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
-    result = _fit(adapter, task, rows, held_out, config.train, config.output, resume)
+    result = _fit(adapter, task, checked, config.train, config.output, resume)
     adapter.record = {"config": config.plain(), "data": {"rows": len(rows)}, "result": asdict(result)}
     adapter.save(config.output / ADAPTER)
     write_json(config.output / REPORT, asdict(result))
@@ -151,16 +155,21 @@ def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:
     return task
 
 
-def _rows(config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    data, seed = config.data, config.train.seed
-    rows = read(data.train, split=data.split, columns=data.columns)
+def _parts(data: DataSettings, seed: int) -> list[Part]:
+    """The rows to train on, and those to validate on if there are to be any."""
+    rows = read(data.train, split=data.split, columns=data.columns, numbered=True)
     held_out: Dataset | None = None
+    source, split = data.train, data.split
     if isinstance(data.validation, float | int):
         if data.validation:
             rows, held_out = split_off(rows, float(data.validation), seed=seed)
     else:
-        held_out = read(data.validation, split=data.validation_split, columns=data.columns)
-    return _limited(rows, data.limit, seed), held_out and _limited(held_out, data.validation_limit, seed)
+        source, split = data.validation, data.validation_split
+        held_out = read(source, split=split, columns=data.columns, numbered=True)
+    parts = [Part("training", _limited(rows, data.limit, seed), data.train, data.split)]
+    if held_out is not None:
+        parts.append(Part("validation", _limited(held_out, data.validation_limit, seed), source, split))
+    return parts
 
 
 def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -193,17 +202,13 @@ def _open_output(config: RunConfig) -> Path | None:
 def _fit(
     adapter: Adapter,
     task: Task,
-    rows: Dataset,
-    held_out: Dataset | None,
+    checked: Checked,
     settings: TrainSettings,
     output: Path,
     resume: Path | None,
 ) -> Result:
     base = adapter.base
-    if base.tokenizer is None:
-        raise ConfigError(f"{base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
-    train_set = task.prepare(rows, base.tokenizer)
-    validation = task.prepare(held_out, base.tokenizer) if held_out is not None else None
+    train_set, validation = checked.prepared["training"], checked.prepared.get("validation")
     output.mkdir(parents=True, exist_ok=True)
     try:
         arguments = transformers.TrainingArguments(
@@ -219,8 +224,9 @@ def _fit(
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, _step(resume))
-    callbacks: list[Any] = [progress]
-    if held_out is not None and settings.samples:
+    callbacks: list[Any] = [progress, Pace(base.device, console)]
+    if validation is not None and settings.samples:
+        held_out = checked.parts["validation"].rows
         callbacks.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
     if settings.patience and validation is not None:
         callbacks.append(transformers.EarlyStoppingCallback(settings.patience))
@@ -228,7 +234,6 @@ def _fit(
         trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks)
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
-    _header(adapter, task, train_set, validation)
     if settings.checkpointing:
         base.enable_checkpointing()
     try:
@@ -267,21 +272,12 @@ def _at(validations: list[dict[str, Any]], step: int) -> dict[str, float] | None
     return None
 
 
-def _header(adapter: Adapter, task: Task, train_set: Prepared, validation: Prepared | None) -> None:
+def _header(adapter: Adapter, task: Task) -> None:
     base = adapter.base
     console.print(
         f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}"
         f"  ·  [bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
     )
-    for name, part in (("training", train_set), ("validation", validation)):
-        if part is None:
-            continue
-        console.print(f"{name}: {len(part.examples):,} examples, longest {part.longest:,} tokens")
-        if part.truncated or part.dropped:
-            console.print(
-                f"[yellow]warning:[/yellow] {name}: {part.truncated} rows cut at {task.max_length} tokens, "
-                f"{part.dropped} left out with nothing to learn within them; raise task.max_length to keep them whole."
-            )
 
 
 def _summary(adapter: Adapter, task: Task, result: Result, config: RunConfig) -> None:

@@ -1,0 +1,192 @@
+"""Before the first step: what the data are like, one example as it will be learned, and whether it all fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from rich.console import Console
+from rich.text import Text
+
+from veneer.adapters import Adapter
+from veneer.data import DataReport, Part
+from veneer.errors import ConfigError, DataError
+from veneer.tasks import Checked, Prepared, Task, check_data
+from veneer.training.progress import duration, peak_memory, size
+from veneer.training.settings import TrainSettings
+
+_TIMED = 3
+"""Steps that are timed, after a first one that pays for warming up."""
+_SHOWN = 400
+"""Characters of each piece of the example."""
+_ACTIVATIONS = 8
+"""Numbers kept for the backward pass per token and layer, in widths of the model, at the very least."""
+
+
+def preflight(
+    adapter: Adapter,
+    task: Task,
+    parts: Sequence[Part],
+    settings: TrainSettings,
+    *,
+    max_truncated: float,
+    console: Console,
+) -> Checked:
+    """Check everything that can be known before the first step, and show it.
+
+    Args:
+        adapter: what will be trained.
+        task: what for.
+        parts: the rows, training first.
+        settings: of the loop.
+        max_truncated: share of the rows that may be cut or left out.
+        console: where to show it.
+
+    Raises:
+        DataError: the data have errors that training refuses to start over.
+        ConfigError: nothing would be trained, or memory clearly won't do.
+    """
+    if not adapter.trainable:
+        raise ConfigError(
+            f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
+            "or other method.targets."
+        )
+    checked = check_data(task, adapter.base, parts, max_truncated=max_truncated, say=console.print)
+    for line in checked.report.lines():
+        console.print(line, markup=False)
+    refuse(checked.report)
+    for finding in checked.report.findings:
+        console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
+        console.print(finding.message, markup=False)
+    check_memory(adapter, checked.prepared[parts[0].name], settings)
+    show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
+    return checked
+
+
+def refuse(report: DataReport) -> None:
+    """Raises DataError if a report has findings that training refuses to start over."""
+    refused = [f"{finding.part}: {finding.message}" for finding in report.findings if finding.refused]
+    if len(refused) == 1:
+        raise DataError(f"The data are not fit to learn from. {refused[0]}")
+    if refused:
+        raise DataError("The data are not fit to learn from:\n" + "\n".join(f"  - {each}" for each in refused))
+
+
+def show_example(task: Task, training: Part, tokenizer: Any, console: Console) -> None:
+    """Print a row as the model will get it, the first that is whole: what is learned in colour, or in ⟦ ⟧ where there
+    are no colours."""
+    tokens = training.tokens
+    lost = {*tokens.truncated.tolist(), *tokens.dropped.tolist()} if tokens else set()
+    chosen = next((index for index in range(len(training.rows)) if index not in lost), 0)
+    marked = not console.is_terminal or console.no_color
+    text = Text()
+    for piece, learned in task.pieces(training.rows[chosen], tokenizer):
+        shown = _shortened(piece)
+        text.append(f"⟦{shown}⟧" if learned and marked else shown, style="bold green" if learned else "dim")
+    console.print(f"{training.where([chosen])}, as the model gets it; ", end="", markup=False)
+    console.print(Text("what is in ⟦ ⟧ is learned:" if marked else "green is learned:", "" if marked else "bold green"))
+    console.print(Text("\n").join(Text("  ") + line for line in text.split("\n")))
+
+
+def _shortened(text: str) -> str:
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} … {text[-half:]}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step needs beyond what is held already, in bytes, at the very least."""
+
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.optimizer + self.activations + self.logits
+
+
+def least_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> Memory:
+    """A lower bound on what the largest step needs: from the widths the model's config tells, its longest rows, and
+    the numbers that are trained."""
+    config = adapter.base.model.config
+    rows = min(settings.batch_size, len(prepared.examples))
+    lengths = sorted(prepared.examples["length"][:], reverse=True)[:rows]
+    tokens = rows * lengths[0]
+    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
+    kept = 1 if settings.checkpointing else _ACTIVATIONS
+    number = torch.empty(0, dtype=adapter.base.dtype).element_size()
+    learned = sum(sorted(prepared.tokens.learned.tolist(), reverse=True)[:rows])
+    scores = min(learned, tokens) * getattr(config, "vocab_size", 0)
+    return Memory(
+        optimizer=adapter.trainable * (4 + 8),  # gradients, and Adam's two moments
+        activations=tokens * width * layers * kept * number,
+        logits=scores * (4 + 4),  # in float32, and their gradients
+    )
+
+
+def check_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> None:
+    """Raises ConfigError if the least a step needs is more than there is."""
+    need, free = least_memory(adapter, prepared, settings), available_memory(adapter.device)
+    if need.total <= free:
+        return
+    what = ["train.batch_size (and raise train.accumulation)", "task.max_length"]
+    if not settings.checkpointing:
+        what.append("or set train.checkpointing=true")
+    raise ConfigError(
+        f"A step needs at least {size(need.total)} of memory, but {size(free)} are free: {size(need.activations)} for "
+        f"{settings.batch_size} rows of up to {prepared.longest:,} tokens, {size(need.logits)} for the scores of "
+        f"learned tokens, {size(need.optimizer)} for the optimiser. Lower {', '.join(what)}."
+    )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken, on the GPU where training is on one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min(free, _container_memory())
+
+
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves, which the machine's own figures don't tell; cached files can be let go."""
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    return 1 << 62 if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+
+
+class Pace(transformers.TrainerCallback):
+    """Times the first steps and says how long all of them will take."""
+
+    def __init__(self, device: torch.device, console: Console) -> None:
+        self.device, self.console = device, console
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the watch."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it, and tell once enough was timed; of a run that is over at once, nothing."""
+        if len(self.seconds) > _TIMED:
+            return
+        self.seconds.append(time.perf_counter() - self._began)
+        left = state.max_steps - state.global_step
+        if len(self.seconds) <= _TIMED or left <= _TIMED:
+            return
+        step = sum(self.seconds[1:]) / _TIMED
+        self.console.print(
+            f"pace: {step:.2g} s a step, about {duration(step * left)} for the {left:,} steps left, validations apart; "
+            f"{size(peak_memory())} of memory held, {size(available_memory(self.device))} free"
+        )
