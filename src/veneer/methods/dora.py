@@ -44,7 +44,7 @@ class DoRA(LoRA):
         """LoRA's, and m ``[out]``."""
         factors = super().parameters(site, generator, base)
         weight = base.parameters(site)["weight"].detach()
-        return {**factors, _MAGNITUDE: _square_norms(weight).sqrt().cpu()}
+        return {**factors, _MAGNITUDE: _square_norms(weight).sqrt()}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The low-rank delta, then a scale that leaves the bias alone."""

@@ -42,7 +42,7 @@ class Norm(Method):
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Copies of the norm's."""
         own = base.parameters(site).items()
-        return {_PREFIX + name: widened(value.detach()).clone().cpu() for name, value in own}
+        return {_PREFIX + name: widened(value.detach()).clone() for name, value in own}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The norm runs on these."""
