@@ -4,7 +4,8 @@
 
 A is Kaiming-uniform(√5), as in the authors' code; B is zero, so the adapted model starts out bit-equal to the
 base. Trained and stored: r · (in + out) numbers a site, in a stack of experts as many for each. With `bias`, B has
-one: y += s · b. Merges into the weight.
+one: y += s · b. Merges into the weight. With `freeze_a` only B is trained (LoRA-FA, Zhang et al. 2023,
+arXiv:2308.03303). Other starts: `veneer.methods.starts`.
 
 Use it first: it learns well on all linear layers at about ten times full fine-tuning's learning rate, costs
 nothing once merged, and every server reads it. Prefer a smaller method where thousands of adapters must be kept
@@ -17,7 +18,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -28,6 +29,7 @@ from veneer.bases.sites import EMBEDDING, EXPERTS
 from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
 from veneer.errors import AdapterFileError, TargetError, did_you_mean
 from veneer.methods.base import BaseWeights, Lowering
+from veneer.methods.starts import SHIFTING, STARTS
 from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
@@ -37,6 +39,9 @@ _NOT_READ = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
+
+
+_A0, _B0 = "lora_A.start", "lora_B.start"
 
 
 def _convolve(module: Any, x: Tensor, kernel: Tensor) -> Tensor:
@@ -73,6 +78,10 @@ class LoRA(Targeted):
     """Scale by alpha / √rank instead, so that large ranks learn as fast."""
     bias: bool = False
     """Give B a bias."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
+    """What the factors start from; all but kaiming are for linear maps."""
+    freeze_a: bool = False
+    """Train B only (LoRA-FA): half the optimiser's memory, and fewer activations kept."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Other ranks for some of the targets, by the words that pick them: {down: 64, "/layers.0./": 4}; the first that
     picks a map counts."""
@@ -120,7 +129,17 @@ class LoRA(Targeted):
             )
         if self.bias and (odd := [site for site in found if site.kind != "linear" or site.parameter is not None]):
             raise TargetError(f"bias is for linear maps, and {odd[0].path} is no module of that kind; leave it out.")
+        if self.init != "kaiming" and (odd := [site for site in found if site.kind != "linear"]):
+            raise TargetError(f"init: {self.init} is for linear maps, and {odd[0].path} is of kind {odd[0].kind}.")
+        if self.init == "orthogonal" and (uneven := [site for site in found if self.rank_at(site) % 2]):
+            raise TargetError(
+                f"init: orthogonal needs an even rank, and {uneven[0].path} has {self.rank_at(uneven[0])}."
+            )
         return found
+
+    def fixed(self) -> Collection[str]:
+        """What the factors started from, where they don't cancel; and A, if it is frozen."""
+        return (*((_A0, _B0) if self.init in SHIFTING else ()), *(("lora_A.weight",) if self.freeze_a else ()))
 
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """``A [r, in, *kernel]`` Kaiming-uniform, ``B [out, r]`` zero; for embeddings the other way round.
@@ -131,6 +150,8 @@ class LoRA(Targeted):
         if site.kind == EMBEDDING:
             b = torch.randn(site.out_features, rank, generator=generator)
             return {"lora_embedding_A": torch.zeros(rank, site.in_features), "lora_embedding_B": b}
+        if self.init != "kaiming":
+            return self._started(site, generator, base)
         rows = rank * (site.count or 1)
         bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))  # what kaiming_uniform_(a=√5) comes to
         a = torch.empty(rows, site.in_features, *site.kernel).uniform_(-bound, bound, generator=generator)
@@ -138,12 +159,22 @@ class LoRA(Targeted):
         bias = {"lora_B.bias": torch.zeros(site.out_features)} if self.bias else {}
         return {"lora_A.weight": a, "lora_B.weight": b, **bias}
 
+    def _started(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
+        """The factors of another start than the usual one, on the base's device, where decomposing is fast."""
+        weight = base.parameters(site)["weight"].detach()
+        a, b = STARTS[self.init](self.rank_at(site), weight, self.scale_at(site), generator)
+        start = {_A0: a.clone(), _B0: b.clone()} if self.init in SHIFTING else {}
+        bias = {"lora_B.bias": torch.zeros(site.out_features)} if self.bias else {}
+        return {"lora_A.weight": a, "lora_B.weight": b, **bias, **start}
+
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """One low-rank delta, and the bias after it."""
         scale, dropout = self.scale_at(site), self.dropout if step.training else 0.0
         if site.kind == EMBEDDING:
             return EmbeddingLowRank(parameters["lora_embedding_A"], parameters["lora_embedding_B"], scale)
         a, b = parameters["lora_A.weight"], parameters["lora_B.weight"]
+        if _A0 in parameters:
+            a, b = torch.cat([a, parameters[_A0]]), torch.cat([b, -parameters[_B0]], 1)
         if site.kind == EXPERTS:
             return LowRank(a.unflatten(0, (site.count, -1)), b.unflatten(1, (-1, site.count)).permute(2, 0, 1), scale)
         if site.kind == "conv":
@@ -164,6 +195,8 @@ class LoRA(Targeted):
             fields[ours] = {
                 re.escape(name): value for value, mine in values.items() for name in site_map.shortest_names(mine)
             }
+        if self.init in SHIFTING:
+            fields["peft_type"] = "VENEER_LORA"  # peft keeps no start beside the factors
         return fields | {"bias": "none", "init_lora_weights": True}
 
     @classmethod
