@@ -91,11 +91,11 @@ def _values(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{type(config).__name__} is no config of peft's; give a LoraConfig or the like, or a mapping with "
             "peft_type as in adapter_config.json."
         )
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    defaults: dict[str, Any] = {}
+    values, defaults = {}, {}
     for field in dataclasses.fields(config):
-        made = field.default_factory is not dataclasses.MISSING
-        defaults[field.name] = field.default_factory() if made else field.default  # type: ignore[misc]
+        values[field.name] = getattr(config, field.name)
+        make = field.default_factory
+        defaults[field.name] = field.default if make is dataclasses.MISSING else make()
     return values, defaults
 
 

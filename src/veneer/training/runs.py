@@ -106,15 +106,7 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         VeneerError: base, data or method don't fit.
     """
     resume = _open_output(config)
-    rows, held_out = _rows(config)
-    name = config.task.get("name") or choose_task(rows).name
-    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
-    settings = {key: value for key, value in config.task.items() if key != "name"}
-    task = _task_for(name, rows, base, settings)
-    adapter = base.attach(
-        config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
-    )
-    adapter.task = task.describe()
+    adapter, task, rows, held_out = set_up(config)
     write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
     result = _fit(adapter, task, rows, held_out, config.train, config.output, resume)
     adapter.record = {"config": config.plain(), "data": {"rows": len(rows)}, "result": asdict(result)}
@@ -124,6 +116,24 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         shutil.rmtree(folder, ignore_errors=True)  # of use only to go on with an unfinished run
     _summary(adapter, task, result, config)
     return adapter, result
+
+
+def set_up(config: RunConfig) -> tuple[Adapter, Task, Dataset, Dataset | None]:
+    """What a run begins with: a fresh adapter on its base, the task, training and validation rows.
+
+    Raises:
+        VeneerError: base, data or method don't fit.
+    """
+    rows, held_out = _rows(config)
+    name = config.task.get("name") or choose_task(rows).name
+    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
+    settings = {key: value for key, value in config.task.items() if key != "name"}
+    task = _task_for(name, rows, base, settings)
+    adapter = base.attach(
+        config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
+    )
+    adapter.task = task.describe()
+    return adapter, task, rows, held_out
 
 
 def _task_for(name: str, rows: Dataset, base: Base, settings: Mapping[str, Any]) -> Task:
