@@ -158,7 +158,8 @@ class _Session:
             return
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
-            raise UnknownName(f"There is no /{name}.{did_you_mean(line.split()[0], [f"/{name}" for name in self.commands])} /help lists what there is.")
+            hint = did_you_mean(f"/{name}", [f"/{command}" for command in self.commands])
+            raise UnknownName(f"There is no /{name}.{hint} /help lists what there is.")
         self.commands[name][1](rest.strip())
 
     def _ask(self, question: str) -> None:

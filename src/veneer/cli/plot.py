@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 def text_plot(
@@ -52,10 +52,13 @@ def svg_plot(
         level = (min(max(y, low), high) - low) / (high - low)
         return f"{left + column(x)},{bottom - level * (bottom - top):.1f}"
 
-    dots = "".join('<circle cx="{}" cy="{}" r="2" fill="#aab"/>'.format(*at(x, y).split(",")) for x, y in zip(xs, ys, strict=True))
+    dots = "".join(
+        '<circle cx="{}" cy="{}" r="2" fill="#aab"/>'.format(*at(x, y).split(",")) for x, y in zip(xs, ys, strict=True)
+    )
     line = " ".join(at(x, y) for x, y in zip(xs, smooth, strict=True))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="20" font-size="14">{html.escape(title)}</text>',
         f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="#333"/>',
@@ -83,7 +86,8 @@ def _range(ys: Sequence[float]) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def _place(xs: Sequence[float], width: int):  # type: ignore[no-untyped-def]
+def _place(xs: Sequence[float], width: int) -> Callable[[float], int]:
+    """Where a value lies on a logarithmic axis of ``width`` columns."""
     first, last = math.log(xs[0]), math.log(xs[-1])
     span = last - first or 1.0
     return lambda x: min(max(round((math.log(x) - first) / span * width), 0), width)

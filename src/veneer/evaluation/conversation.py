@@ -57,7 +57,9 @@ class Conversation:
         for name, adapter in base.adapters.items():
             task = adapter_task(adapter)
             if not isinstance(task, CausalLM):
-                raise ConfigError(f"Adapter {name!r} is for {task.name}, which generates no text; use `veneer predict`.")
+                raise ConfigError(
+                    f"Adapter {name!r} is for {task.name}, which generates no text; use `veneer predict`."
+                )
             self._tasks[name] = task
 
     @property
@@ -127,7 +129,9 @@ class Conversation:
         except KeyboardInterrupt:
             return Reply(streamer.said.strip(), "stopped", left_out)
         length = out.shape[-1] - len(ids)
-        return Reply(streamer.said.strip(), "cut" if length >= room and not self._ends(out[0]) else "finished", left_out)
+        return Reply(
+            streamer.said.strip(), "cut" if length >= room and not self._ends(out[0]) else "finished", left_out
+        )
 
     def _fit(self, task: CausalLM, turns: list[dict[str, str]]) -> tuple[list[int], int]:
         """The tokens to go on from, without the oldest turns if need be."""
@@ -139,7 +143,9 @@ class Conversation:
                 break
             left_out += 2
         if context is not None and len(ids) >= context:
-            raise DataError(f"That is {len(ids):,} tokens; {self.base.name} reads at most {context:,}, answer included.")
+            raise DataError(
+                f"That is {len(ids):,} tokens; {self.base.name} reads at most {context:,}, answer included."
+            )
         return ids, left_out
 
     def _row(self, task: CausalLM, turns: list[dict[str, str]]) -> Mapping[str, Any]:

@@ -119,9 +119,7 @@ class RunConfig(BaseModel):
         return {**values, "method": {"name": self.method.name, **self.method.model_dump(mode="json")}}
 
 
-def read_config(
-    file: Path | None, overrides: Sequence[str], *, defaults: Mapping[str, Any] | None = None
-) -> RunConfig:
+def read_config(file: Path | None, overrides: Sequence[str], *, defaults: Mapping[str, Any] | None = None) -> RunConfig:
     """A config from a YAML file (or none) and ``key=value`` overrides.
 
     Args:
