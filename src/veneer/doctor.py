@@ -261,7 +261,7 @@ def _training() -> Iterator[Check]:
     for name, step in steps:
         try:
             yield Check(section, name, True, step())
-        except (VeneerError, RuntimeError, OSError, ValueError, ImportError, AssertionError) as error:
+        except (VeneerError, RuntimeError, OSError, ValueError, AssertionError) as error:
             advice = "Compare the versions above with the tested ones; then report it with this output (--json)."
             first = (str(error).splitlines() or [""])[0]
             yield Check(section, name, False, f"{type(error).__name__}: {first}", advice, essential=True)

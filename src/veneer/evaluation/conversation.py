@@ -170,6 +170,7 @@ class _Streamer(transformers.TextStreamer):
         self.said = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """A piece of the answer."""
+        """A piece of the answer, without blanks before the first."""
+        text = text if self.said else text.lstrip()
         self.said += text
         self._say(text)

@@ -26,6 +26,7 @@ from veneer.errors import ConfigError, OutputError, did_you_mean
 from veneer.storage import write_text
 from veneer.tasks import TASKS
 from veneer.training.config import RunConfig, read_config
+from veneer.training.runs import ADAPTER, REPORT, run
 
 STUDY, SEARCH, BEST = "study.db", "sweep.yaml", "best.yaml"
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -300,8 +301,6 @@ class Sweep:
 
     def _train(self, values: Mapping[str, Any], folder: Path) -> dict[str, float]:
         """The final validation of a run; of one that finished, but was killed before that was noted, too."""
-        from veneer.training.runs import ADAPTER, REPORT, run
-
         if (folder / ADAPTER).exists() and (folder / REPORT).exists():
             report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
             return dict(report["after"])
