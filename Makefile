@@ -32,7 +32,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m veneer.cli.reference docs/commands.md
+	$(BIN)/python -m veneer.cli.reference docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)

@@ -20,7 +20,7 @@ NONE = "none"
 def chat_(
     model: str,
     *,
-    adapter: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    adapter: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     base_model: str | None = None,
     system: str | None = None,
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 256,

@@ -15,7 +15,7 @@ def doctor_(*, json: Annotated[bool, Parameter(negative=())] = False) -> None:
     that it learns, that saving, loading and merging change nothing, and that the base stays as it was. ✗ lines say
     what to do. Exits 1 if something fails that nothing works without.
 
-    Examples:
+    Worked examples:
 
         veneer doctor
 
