@@ -73,9 +73,17 @@ def test_comparing(adapters: list[Path], talk: Talk) -> None:
     )
     assert "no question to compare answers to yet" in err
     assert out.count("plain base") == 2
-    answer, heads, *_ = out.splitlines()
-    assert heads.split() == ["plain", "base", "one", "second"]
-    assert answer.strip()[:3] in out.split("second", 1)[1]  # the latest question, where it stood
+    assert out.splitlines()[1].split() == ["plain", "base", "one", "second"]
+
+
+def test_the_latest_question_is_compared_where_it_stood(tiny_folder: Path) -> None:
+    conversation = Conversation(veneer.load_base(tiny_folder), max_new_tokens=4)
+    first = conversation.ask(None, "Hello?", lambda _: None)
+    second = conversation.ask(None, "Hello?", lambda _: None)
+    assert first.text != second.text
+    assert conversation.compare()[None].text == second.text
+    assert conversation.compare("Hello?")[None].text not in (first.text, second.text)  # as the next question
+    assert len(conversation.turns) == 4
 
 
 def test_mistakes_are_told_and_the_conversation_goes_on(tiny_folder: Path, talk: Talk) -> None:

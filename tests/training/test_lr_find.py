@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import veneer
 from helpers import sums, write_jsonl
@@ -17,7 +18,7 @@ from veneer.cli.plot import text_plot
 from veneer.data import read
 from veneer.errors import ConfigError
 from veneer.tasks.causal_lm import CausalLM
-from veneer.training.lr_find import find_learning_rate
+from veneer.training.lr_find import _Recorder, find_learning_rate
 from veneer.training.lr_find import read as read_curve
 from veneer.training.settings import TrainSettings
 
@@ -46,10 +47,24 @@ def test_the_suggestion_keeps_its_distance_from_the_explosion() -> None:
 
 
 def test_noise_suggests_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(100, generator=generator) * 0.2 + 3).tolist()
-    assert read_curve(RATES, noise, 5e-4, False).suggestion is None
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        noise = (torch.randn(100, generator=generator) * 0.2 + 3).tolist()
+        assert read_curve(RATES, noise, 5e-4, False).suggestion is None, seed
     assert read_curve(RATES, [3 + step / 50 for step in range(100)], 5e-4, False).suggestion is None
+
+
+def test_four_times_the_lowest_loss_is_an_explosion() -> None:
+    control = transformers.TrainerControl()
+    recorder = _Recorder()
+    for loss in [3.0] * 20 + [2.0] * 20 + [6.0] * 5:
+        recorder.on_log(None, None, control, {"loss": loss})
+    assert not recorder.exploded
+    assert not control.should_training_stop
+    for _ in range(3):
+        recorder.on_log(None, None, control, {"loss": 9.0})
+    assert recorder.exploded
+    assert control.should_training_stop
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -33,13 +34,13 @@ def options(folder: Path, tiny_folder: Path) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, loss: Callable[[object], float]) -> list[Path]:
+def pretend(monkeypatch: pytest.MonkeyPatch, value: Callable[[object], float], metric: str = "loss") -> list[Path]:
     """Runs that only compute a number of their config; the folders of those made."""
     made: list[Path] = []
 
     def run(config: object) -> tuple[None, runs.Result]:
         made.append(config.output)  # type: ignore[attr-defined]
-        values = dict.fromkeys(runs.Result.__dataclass_fields__, 0) | {"after": {"loss": loss(config)}}
+        values = dict.fromkeys(runs.Result.__dataclass_fields__, 0) | {"after": {metric: value(config)}}
         return None, runs.Result(**values)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweep, "run", run)
@@ -106,27 +107,22 @@ def test_all_combinations_once(options: list[str], monkeypatch: pytest.MonkeyPat
     assert best.value == 2
 
 
-def test_it_closes_in_on_the_minimum(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_it_closes_in_on_the_best(options: list[str], monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
     """Later trials are better than the first ten, which are drawn at random."""
-    import math
 
-    pretend(monkeypatch, lambda config: abs(math.log10(config.train.learning_rate) + 3.2))  # type: ignore[attr-defined]
-    trials = Sweep(None, [*options, "train.learning_rate=log:1e-6:1"]).run(24, lambda _: None)
-    values = [trial.value or 0.0 for trial in trials]
+    def off(config: object) -> float:
+        return abs(math.log10(config.train.learning_rate) + 3.2)  # type: ignore[attr-defined]
+
+    pretend(monkeypatch, lambda config: off(config) * (1 if metric == "loss" else -1), metric)
+    trials = Sweep(None, [*options, "train.learning_rate=log:1e-6:1"], metric=metric).run(24, lambda _: None)
+    values = [abs(trial.value or 0.0) for trial in trials]
     assert sum(values[12:]) / 12 < sum(values[:10]) / 10 / 2
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_which_way_is_best(options: list[str], monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    pretend(monkeypatch, lambda config: config.method.rank)  # type: ignore[attr-defined]
-    real = sweep.run
-
-    def with_accuracy(config: object) -> object:
-        _, result = real(config)  # type: ignore[arg-type]
-        result.after["accuracy"] = result.after["loss"]  # type: ignore[index]
-        return None, result
-
-    monkeypatch.setattr(sweep, "run", with_accuracy)
+    pretend(monkeypatch, lambda config: config.method.rank, metric)  # type: ignore[attr-defined]
     search = Sweep(None, [*options, "method.rank=1,5,3"], metric=metric)
     best = search.best(search.run(9, lambda _: None))
     assert best is not None
@@ -157,6 +153,24 @@ def test_a_killed_search_goes_on_to_the_same_result(
     for key in ("values", "value", "error"):
         assert [trial[key] for trial in found["trials"]] == [trial[key] for trial in whole["trials"]]
     assert [Path(trial["folder"]).name for trial in found["trials"]] == ["trial-000", "trial-001"]
+
+
+def test_what_is_tried_does_not_depend_on_interruptions(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted = []
+
+    def once(config: object) -> float:
+        if config.output.parent.name == "b" and config.output.name == "trial-001" and not interrupted:  # type: ignore[attr-defined]
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return float(config.train.learning_rate)  # type: ignore[attr-defined]
+
+    pretend(monkeypatch, once)
+    arguments = [*options, "train.learning_rate=log:1e-6:1", "method.rank=2,4"]
+    whole = Sweep(None, [*arguments, "output=a"]).run(14, lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        Sweep(None, [*arguments, "output=b"]).run(14, lambda _: None)
+    again = Sweep(None, [*arguments, "output=b"]).run(14, lambda _: None)
+    assert [trial.values for trial in again] == [trial.values for trial in whole]
 
 
 def test_a_trial_that_is_cut_off_twice_is_given_up(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 EXPLODED = 4.0
 """A loss of this many times the lowest one ends the test."""
+CLEAR = 1.5
+"""A fall counts if it is this many times the spread of single steps around the curve (a window's is a third of it)."""
 DECADES = 3
 """The test goes this many decades below and above the method's own default."""
 _WINDOW = 3.0  # standard deviation of the smoothing window, in steps
@@ -118,8 +120,8 @@ def read(rates: Sequence[float], losses: Sequence[float], prior: float, exploded
     smoothed = _smooth(losses)
     lowest = int(np.argmin(smoothed))
     steepest = None
-    noise = np.std(np.asarray(losses[: lowest + 1]) - smoothed[: lowest + 1])  # of one step; of a window, a third of it
-    if lowest > 1 and smoothed[0] - smoothed[lowest] > noise:
+    noise = np.std(np.asarray(losses[: lowest + 1]) - smoothed[: lowest + 1])
+    if lowest > 1 and smoothed[0] - smoothed[lowest] > CLEAR * noise:
         falls = np.gradient(smoothed[: lowest + 1], np.log(rates[: lowest + 1]))
         steepest = rates[int(np.argmin(falls))]
     return Curve(
