@@ -33,7 +33,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m veneer.cli.reference docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.fused_spike

@@ -142,7 +142,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_links_and_names_lead_somewhere(tmp_path: Path) -> None:
     """mkdocs, strictly: pages, anchors, pictures, and the Python names on the page of the API."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
