@@ -4,7 +4,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 READY := $(ENV)/.ready
 
-.PHONY: setup demo test test-all lint examples bench clean
+.PHONY: setup demo test test-all lint docs examples bench clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -31,9 +31,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/python -m veneer.cli.reference docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.fused_spike
 	$(BIN)/python -m benchmarks.rows
 
 clean:
-	rm -rf $(ENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(ENV) build dist site .pytest_cache .mypy_cache .ruff_cache

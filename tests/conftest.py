@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +59,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, _smollm: veneer.Base) 
     tiny_llama(vocab_size=49152, initializer_range=0.1).save_pretrained(path)
     _smollm.tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def cli() -> Callable[..., int]:
+    """The command line in process: takes its arguments, gives its exit code."""
+    from veneer.cli.__main__ import main
+
+    def run(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        return int(ended.value.code or 0)
+
+    return run

@@ -6,8 +6,8 @@ from veneer import errors
 
 def test_exported_names() -> None:
     assert veneer.__all__ == [
-        "__version__", "Adapter", "Base", "HeadOnly", "LoRA", "Method", "Trainer", "evaluate", "load_adapter",
-        "load_base", "predict", "train",
+        "__version__", "Adapter", "Base", "HeadOnly", "LoRA", "Method", "Trainer", "evaluate", "from_peft",
+        "load_adapter", "load_base", "predict", "train",
     ]  # fmt: skip
     for name in veneer.__all__:
         assert getattr(veneer, name)

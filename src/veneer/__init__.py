@@ -19,6 +19,7 @@ _HOMES = {
     "Method": "veneer.methods",
     "Trainer": "veneer.training",
     "evaluate": "veneer.evaluation",
+    "from_peft": "veneer.methods.peft_config",
     "load_adapter": "veneer.tasks",
     "load_base": "veneer.tasks",
     "predict": "veneer.evaluation",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from veneer.methods import Method as Method
     from veneer.methods.head import HeadOnly as HeadOnly
     from veneer.methods.lora import LoRA as LoRA
+    from veneer.methods.peft_config import from_peft as from_peft
     from veneer.tasks import load_adapter as load_adapter
     from veneer.tasks import load_base as load_base
     from veneer.training import Trainer as Trainer

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import veneer
 from helpers import sums, write_jsonl
-from veneer.cli.__main__ import main
+from veneer.cli.__main__ import COMMANDS, main
 from veneer.data import read
 from veneer.errors import FetchError
 
@@ -260,9 +260,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert (Path(json.loads(capsys.readouterr().out)["folder"]) / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "train", "eval", "predict", "generate", "merge", "methods", "sites", "models"]
-)
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_has_worked_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*[command] * bool(command), "--help") == 0
     out = capsys.readouterr().out

@@ -15,7 +15,7 @@ from test_contract import EXACT, off
 
 import veneer
 from helpers import perturb
-from veneer.errors import AdapterError, TargetError
+from veneer.errors import AdapterError, AdapterFileError, TargetError
 from veneer.methods import method_class
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -211,10 +211,17 @@ def test_pissa_starts_from_the_principal_part() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "orthogonal", "rank": 3}, "needs even ranks"),
+        ({"init": "orthogonal", "rank": 3}, "needs an even rank"),
         ({"init": "pissa", "targets": "embed_tokens"}, "of kind embedding"),
     ],
 )
 def test_mistakes_with_starts(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError, match=message):
         veneer.Base(FAMILIES["llama"].model()).attach(veneer.LoRA(**settings), "a")
+
+
+def test_a_start_that_changed_the_base_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(FAMILIES["llama"].model().float(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="pissa.*changed the base"):
+        veneer.Base(FAMILIES["llama"].model()).load(tmp_path, "a")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import bare, parameters_of, stored, weight_of
-from veneer.deltas import AtParameter, Delta, Replace, Stack
+from veneer.deltas import AtParameter, Delta, Replace, Stack, Tokens
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
 
@@ -25,7 +26,7 @@ PREFIX = "base_model.model."
 """What peft puts before a module's path; here the path of the adapter's own parameter tree."""
 
 
-class Adapter(nn.Module):
+class Adapter(Trainable):
     """A method's parameters over a base.
 
     Calling it runs the base with this adapter and no other. Its ``state_dict()`` holds the adapter alone, under
@@ -58,6 +59,7 @@ class Adapter(nn.Module):
         self.sites = tuple(sites)
         self.task = dict(task)
         self.record: dict[str, Any] = {}
+        self.base_model = Backbone(self._run_backbone)
         self._shared = self._own("", shared)
         names = _names_in_files(sites)
         self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
@@ -190,6 +192,19 @@ class Adapter(nn.Module):
     def __repr__(self) -> str:
         share = f"{self.trainable:,} trainable, {self.trainable_share:.2%} of {self.base.name}"
         return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
+
+    def _run_backbone(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adds_tokens:
+            raise AdapterError(
+                "This adapter puts virtual tokens into the input, around the whole model; a trainer that calls the "
+                "backbone by itself (TRL's do) would train nothing. Use veneer.train or transformers' Trainer."
+            )
+        with self.acting():
+            return self.base.backbone(*args, **kwargs)
+
+    @functools.cached_property
+    def _adds_tokens(self) -> bool:
+        return any(isinstance(delta, Tokens) for delta in self.lower(training=False).values())
 
     def _values(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors of these keys; looked up anew, because ``.to()`` replaces buffers."""

@@ -70,6 +70,7 @@ class Base(Pretrained):
             )
         self.adapters: Mapping[str, Adapter] = {}
         self.active: str | None = None
+        self.checkpointing = False
         self._execution = Execution()
         self._handles: dict[str, list[Any]] = {}
         self._in_use: list[str | None] = []
@@ -241,10 +242,12 @@ class Base(Pretrained):
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             raise AdapterError(f"{type(self.model).__name__} has no activation checkpointing in transformers.")
         self._checkpointing("enable")({"use_reentrant": False, "context_fn": self._execution.checkpoint_contexts})
+        self.checkpointing = True
 
     def disable_checkpointing(self) -> None:
         """Undo `enable_checkpointing`."""
         self._checkpointing("disable")()
+        self.checkpointing = False
 
     def _checkpointing(self, what: str) -> Any:
         """transformers renames gradient checkpointing to activation checkpointing during its version 5."""

@@ -18,7 +18,11 @@ COMMANDS = {
     "eval": "Evaluate an adapter on held-out data, the plain base beside it.",
     "predict": "Answer every row of a file.",
     "generate": "Answer one prompt, with or without an adapter.",
+    "chat": "Talk with a base and its adapters, switch between them, compare them.",
     "merge": "Fold an adapter into its base and write the whole model.",
+    "lr-find": "Find a learning rate by raising it until the loss explodes.",
+    "sweep": "Search config keys for the lowest validation loss.",
+    "doctor": "Check this machine, and train a tiny model on it.",
     "methods": "List the PEFT methods, or show the settings of one.",
     "sites": "Show where a method can act in a base, and the words for it.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
@@ -40,7 +44,8 @@ def build(chosen: str | None) -> App:
         result_action="return_value",
     )
     for name, summary in COMMANDS.items():
-        app.command(f"veneer.cli.{name}:{name}_", name=name, **({} if name == chosen else {"help": summary}))
+        module = name.replace("-", "_")
+        app.command(f"veneer.cli.{module}:{module}_", name=name, **({} if name == chosen else {"help": summary}))
     return app
 
 

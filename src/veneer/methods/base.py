@@ -68,6 +68,8 @@ class Method(BaseModel):
     """What peft puts before a module's path in files of this type."""
     peft_names: ClassVar[Mapping[str, str]] = {}
     """peft's spelling of a field -> ours."""
+    peft_checked: ClassVar[frozenset[str]] = frozenset()
+    """Further options of peft's that `from_peft` reads or refuses itself."""
 
     def __init__(self, *unnamed: Any, **settings: Any) -> None:
         if unnamed:

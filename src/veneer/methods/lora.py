@@ -66,6 +66,7 @@ class LoRA(Targeted):
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     }
+    peft_checked: ClassVar[frozenset[str]] = frozenset({"target_parameters", "use_dora", "bias"})
     kinds: ClassVar[Collection[str]] = ("linear", EMBEDDING, "conv", EXPERTS)
 
     rank: int = Field(16, ge=1)
@@ -209,6 +210,9 @@ class LoRA(Targeted):
         """Refuses settings that would change the result: DoRA, trained biases of the base and the like."""
         odd = [key for key in _NOT_READ if config.get(key)]
         odd += ["bias"] if config.get("bias", "none") != "none" else []
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
+            odd.append(f"init_lora_weights={start!r} (which changed the base)")
         if odd:
             raise AdapterFileError(f"This LoRA adapter uses {', '.join(odd)}, which veneer does not read yet.")
         patterns = {

@@ -34,6 +34,7 @@ class OFT(Targeted):
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "OFT"
     peft_names: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size", "target_modules": "targets"}
+    peft_checked: ClassVar[frozenset[str]] = frozenset({"use_cayley_neumann"})
 
     block_size: int = Field(32, ge=2)
     """Size β of the blocks; where it does not divide a map's input width, the next smaller size that does."""

@@ -12,7 +12,7 @@ tokens of context and wants a very high learning rate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -33,6 +33,7 @@ class Prompt(Method):
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     peft_prefix: ClassVar[str] = "base_model."
     peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "length"}
+    peft_checked: ClassVar[frozenset[str]] = frozenset({"prompt_tuning_init"})
 
     length: int = Field(20, ge=1)
     """How many virtual tokens."""
@@ -73,3 +74,9 @@ class Prompt(Method):
             "num_transformer_submodules": 1,
             "prompt_tuning_init": "RANDOM",
         }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        """With peft's way to start, where that is one of ours."""
+        drawn = config.get("prompt_tuning_init") == "SAMPLE_VOCAB"
+        return cls(length=config["num_virtual_tokens"], init="vocabulary" if drawn else "random")

@@ -16,11 +16,9 @@ DEFAULT = "lora"
 """What a config that names no method trains."""
 
 
-@cache
 def methods() -> Mapping[str, type[Method]]:
-    """All methods, by name."""
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    """All methods, by name; those defined elsewhere, too, once they are."""
+    _import_all()
     found = _leaves(Method)  # type: ignore[type-abstract]
     return {cls.name: cls for cls in sorted(found, key=lambda cls: cls.name)}
 
@@ -57,6 +55,12 @@ def method_from_config(config: str | Mapping[str, Any] | Method) -> Method:
 def method_for_peft(config: Mapping[str, Any]) -> type[Method] | None:
     """The method that this ``adapter_config.json`` is for, if there is one."""
     return next((cls for cls in methods().values() if cls.reads(config)), None)
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def _leaves(cls: type[Method]) -> list[type[Method]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from veneer.lazy import lazy
 
-__all__ = ["Result", "RunConfig", "TrainSettings", "Trainer", "run", "train"]
+__all__ = ["Result", "RunConfig", "TrainSettings", "Trainer", "find_learning_rate", "run", "train"]
 
 # transformers' Trainer takes seconds to import; a mistake in a config is told before that.
 __getattr__ = lazy(
@@ -16,6 +16,7 @@ __getattr__ = lazy(
         "RunConfig": "veneer.training.config",
         "TrainSettings": "veneer.training.settings",
         "Trainer": "veneer.training.trainer",
+        "find_learning_rate": "veneer.training.lr_find",
         "run": "veneer.training.runs",
         "train": "veneer.training.runs",
     },
@@ -23,6 +24,7 @@ __getattr__ = lazy(
 
 if TYPE_CHECKING:
     from veneer.training.config import RunConfig as RunConfig
+    from veneer.training.lr_find import find_learning_rate as find_learning_rate
     from veneer.training.runs import Result as Result
     from veneer.training.runs import run as run
     from veneer.training.runs import train as train

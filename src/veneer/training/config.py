@@ -122,8 +122,13 @@ class RunConfig(BaseModel):
         return {**values, "method": {"name": self.method.name, **self.method.model_dump(mode="json")}}
 
 
-def read_config(file: Path | None, overrides: Sequence[str]) -> RunConfig:
+def read_config(file: Path | None, overrides: Sequence[str], *, defaults: Mapping[str, Any] | None = None) -> RunConfig:
     """A config from a YAML file (or none) and ``key=value`` overrides.
+
+    Args:
+        file: the YAML file.
+        overrides: ``key=value``, later ones win.
+        defaults: values of keys that neither gives.
 
     Raises:
         ConfigError: the file cannot be read, or anything is wrong in either.
@@ -141,7 +146,7 @@ def read_config(file: Path | None, overrides: Sequence[str]) -> RunConfig:
         values = loaded
     for override in overrides:
         _override(values, override)
-    return RunConfig.parse(values)
+    return RunConfig.parse({**(defaults or {}), **values})
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -106,6 +106,27 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         VeneerError: base, data or method don't fit.
     """
     resume = _open_output(config)
+    adapter, task, parts = set_up(config)
+    _header(adapter, task)
+    most = config.data.max_truncated
+    checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
+    write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
+    result = _fit(adapter, task, checked, config.train, config.output, resume)
+    adapter.record = {"config": config.plain(), "data": {"rows": len(parts[0].rows)}, "result": asdict(result)}
+    adapter.save(config.output / ADAPTER)
+    write_json(config.output / REPORT, asdict(result))
+    for _, folder in checkpoints(config.output):
+        shutil.rmtree(folder, ignore_errors=True)  # of use only to go on with an unfinished run
+    _summary(adapter, task, result, config)
+    return adapter, result
+
+
+def set_up(config: RunConfig) -> tuple[Adapter, Task, list[Part]]:
+    """What a run begins with: a fresh adapter on its base, the task, training and validation rows.
+
+    Raises:
+        VeneerError: base, data or method don't fit.
+    """
     parts = _parts(config.data, config.train.seed)
     rows = parts[0].rows
     name = config.task.get("name") or choose_task(rows).name
@@ -116,18 +137,7 @@ def run(config: RunConfig) -> tuple[Adapter, Result]:
         config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
     )
     adapter.task = task.describe()
-    _header(adapter, task)
-    most = config.data.max_truncated
-    checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
-    write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
-    result = _fit(adapter, task, checked, config.train, config.output, resume)
-    adapter.record = {"config": config.plain(), "data": {"rows": len(rows)}, "result": asdict(result)}
-    adapter.save(config.output / ADAPTER)
-    write_json(config.output / REPORT, asdict(result))
-    for _, folder in checkpoints(config.output):
-        shutil.rmtree(folder, ignore_errors=True)  # of use only to go on with an unfinished run
-    _summary(adapter, task, result, config)
-    return adapter, result
+    return adapter, task, parts
 
 
 def _task_for(name: str, rows: Dataset, base: Base, settings: Mapping[str, Any]) -> Task:
