@@ -60,8 +60,11 @@ def replacing(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+        _sync(path.parent)
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"Writing {path} failed ({error}); what was there before is untouched.") from error
         raise
 
 
@@ -94,7 +97,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise OutputError(f"Cannot write into {path.parent}: {error.strerror or error}.") from error
     try:
         yield temporary
-        _publish(temporary, path)
+        publish(temporary, path)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -103,7 +106,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a folder with all that is in it, and put it in the place of ``path``."""
     os.chmod(temporary, 0o755)
     for file in temporary.rglob("*"):
         if file.is_file():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from helpers import perturb, tiny_bert, tiny_llama
+from veneer.adapters.card import CARD
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError
 
@@ -35,7 +36,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def test_save_and_load_are_bit_exact(saved: tuple[Path, torch.Tensor]) -> None:
     folder, expected = saved
-    assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RECORD])
+    assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RECORD, CARD])
     base = veneer.Base(tiny_bert(), name="tiny")
     adapter = base.load(folder)
     assert adapter.name == "saved"

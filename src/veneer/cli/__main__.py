@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
 import veneer
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, VeneerWarning
 
 COMMANDS = {
     "demo": "Train a real model on a real task, in minutes, and prove what it learned.",
@@ -18,10 +19,12 @@ COMMANDS = {
     "predict": "Answer every row of a file.",
     "generate": "Answer one prompt, with or without an adapter.",
     "merge": "Fold an adapter into its base and write the whole model.",
+    "adapters": "Check that an adapter folder is intact.",
     "methods": "List the PEFT methods, or show the settings of one.",
     "sites": "Show where a method can act in a base, and the words for it.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
 }
+_usual_warning = warnings.formatwarning
 FIRST_STEPS = (
     "First steps: `veneer demo` trains a real model in minutes; `veneer train --help` shows how to train "
     "on your own file. Every command explains itself with --help."
@@ -43,11 +46,19 @@ def build(chosen: str | None) -> App:
     return app
 
 
+def _warning(message: Warning | str, category: type[Warning], filename: str, line: int, text: str | None = None) -> str:
+    """Our own warnings in one line, others as Python has them."""
+    if issubclass(category, VeneerWarning):
+        return f"warning: {message}\n"
+    return _usual_warning(message, category, filename, line, text)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; exits 0, or 2 after a user's mistake, or 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.formatwarning = _warning
     given = sys.argv[1:] if arguments is None else arguments
     try:
         build(given[0] if given else None)(given, exit_on_error=False, print_error=True)
@@ -56,8 +67,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except VeneerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

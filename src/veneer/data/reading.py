@@ -194,13 +194,18 @@ def _from_folder(path: Path) -> Dataset:
     """A folder of texts, a file a row; or of data files all of one kind."""
     import datasets
 
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+    files = data_files(path)
     kinds = {_READERS[file.suffix.lower()] for file in files}
     if not files:
         raise DataError(f"The folder {path} holds no data files ({', '.join(_READERS)}).")
     if len(kinds) > 1:
         raise DataError(f"The folder {path} mixes kinds of files ({', '.join(sorted(kinds))}); name one file.")
     return datasets.concatenate_datasets([_from_file(file) for file in files])
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files in a folder, at any depth, that `read` can read."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
 
 
 def _from_hub(name: str, split: str) -> Dataset:

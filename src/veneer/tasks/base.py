@@ -41,7 +41,7 @@ class Prepared:
     """Rows turned into model inputs.
 
     Attributes:
-        examples: one a row, or several for a long text.
+        examples: one a row, or several for a long text; ``row`` is the index of theirs.
         truncated: rows cut at the longest length allowed.
         dropped: rows with nothing left to learn.
         longest: tokens of the longest example.
@@ -156,7 +156,7 @@ class Task(BaseModel):
         told = examples.with_format("numpy")
         dropped = len(rows) - len(set(told["row"][:]))
         truncated, longest = int(told["truncated"][:].sum()), int(told["length"][:].max())
-        return Prepared(examples.remove_columns(["row", "truncated"]), truncated, dropped, longest)
+        return Prepared(examples.remove_columns("truncated"), truncated, dropped, longest)
 
     def check_format(self, rows: Dataset) -> None:
         """Raises DataError if these rows are not for this task."""

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 from veneer.lazy import lazy
 
-__all__ = ["Result", "RunConfig", "TrainSettings", "Trainer", "run", "train"]
+__all__ = ["Result", "RunConfig", "TrainSettings", "Trainer", "reproduce", "run", "train"]
 
 # transformers' Trainer takes seconds to import; a mistake in a config is told before that.
 __getattr__ = lazy(
     __name__,
     {
-        "Result": "veneer.training.runs",
+        "Result": "veneer.training.fit",
         "RunConfig": "veneer.training.config",
         "TrainSettings": "veneer.training.settings",
         "Trainer": "veneer.training.trainer",
+        "reproduce": "veneer.training.runs",
         "run": "veneer.training.runs",
         "train": "veneer.training.runs",
     },
@@ -23,7 +24,8 @@ __getattr__ = lazy(
 
 if TYPE_CHECKING:
     from veneer.training.config import RunConfig as RunConfig
-    from veneer.training.runs import Result as Result
+    from veneer.training.fit import Result as Result
+    from veneer.training.runs import reproduce as reproduce
     from veneer.training.runs import run as run
     from veneer.training.runs import train as train
     from veneer.training.settings import TrainSettings as TrainSettings
