@@ -298,7 +298,7 @@ def test_offline_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_names_of_runs_that_are_no_names_of_adapters(data: Path, tiny_folder: Path) -> None:
     for output in ("train", "my run", "v1+2"):
-        assert run("train", *options(tiny_folder, output, **{"train.max_steps": 1, "data.validation": 0})) == 0
+        assert run("train", *options(tiny_folder, output, **{"train.max_steps": 2, "data.validation": 0})) == 0
         assert run("eval", output, "held_out.jsonl", "--limit", 1, "--no-base") == 0
     os.chdir("my run")
     assert run("eval", ".", "../held_out.jsonl", "--limit", 1, "--no-base") == 0
@@ -390,7 +390,9 @@ def test_an_adapter_written_by_peft(data: Path, tiny_folder: Path, capsys: pytes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = veneer.load_base(tiny_folder, dtype="float32")
-        wrapped = peft.get_peft_model(base.model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        wrapped = peft.get_peft_model(
+            base.model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        )
         wrapped.save_pretrained("theirs")
     assert run("eval", "theirs", "held_out.jsonl", "--base-model", tiny_folder, "--max-new-tokens", 2) == 0
     assert "plain base" in capsys.readouterr().out

@@ -46,9 +46,10 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
 
 def _method(adapter: Adapter) -> list[str]:
     settings = ", ".join(f"{key} {_said(value)}" for key, value in adapter.method.model_dump(mode="json").items())
+    of_base = f"{adapter.trainable_share:.3%} of the base's {adapter.base.parameter_count:,}"
     return [
         f"{adapter.method.name}: {settings or 'no settings'}",
-        f"{adapter.trainable:,} numbers trained, {adapter.trainable_share:.3%} of the base's {adapter.base.parameter_count:,}",
+        f"{adapter.trainable:,} numbers trained, {of_base}",
         f"{adapter.nbytes / 1e6:.1f} MB, beside a base of {adapter.base.nbytes / 1e6:,.1f} MB",
     ]
 

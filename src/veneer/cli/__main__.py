@@ -46,11 +46,13 @@ def build(chosen: str | None) -> App:
     return app
 
 
-def _warning(message: Warning | str, category: type[Warning], filename: str, line: int, text: str | None = None) -> str:
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Our own warnings in one line, others as Python has them."""
     if issubclass(category, VeneerWarning):
         return f"warning: {message}\n"
-    return _usual_warning(message, category, filename, line, text)
+    return _usual_warning(message, category, filename, lineno, line)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

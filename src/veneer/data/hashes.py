@@ -29,7 +29,7 @@ def hash_rows(rows: Dataset) -> str:
 
 
 def hash_files(source: Any, split: str) -> dict[str, str]:
-    """Path -> hex digest of each local or catalogued file that `read` reads of a source; none for a hub's or memory's."""
+    """Path -> hex digest of each local or catalogued file that `read` reads; none for what comes from a hub."""
     if isinstance(source, list | tuple):
         return {name: digest for part in source for name, digest in hash_files(part, split).items()}
     if isinstance(source, Mapping):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from veneer.adapters import Adapter

@@ -18,10 +18,9 @@ from veneer.errors import AdapterFileError, ConfigError, Interrupted, TrainingEr
 from veneer.tasks import Task, adapter_task, choose_task, load_base, task_class, task_from_config
 from veneer.training import facts, folder
 from veneer.training.checkpoints import checkpoints
-from veneer.training.config import DataSettings, RunConfig, explain
+from veneer.training.config import RunConfig, explain
 from veneer.training.earlier import Earlier, lessons
 from veneer.training.fit import Result, fit
-from veneer.training.folder import ADAPTER
 from veneer.training.progress import program
 from veneer.training.rows import train_and_held_out
 from veneer.training.settings import TrainSettings
@@ -158,7 +157,8 @@ def reproduce(source: str | Path, output: str | Path) -> tuple[Adapter, Result, 
     training = record.get("training", {})
     if "config" not in training:
         raise AdapterFileError(
-            f"{adapter_folder(source)} does not say how it was trained; only what `veneer train` made can be reproduced."
+            f"{adapter_folder(source)} does not say how it was trained; "
+            "only what `veneer train` made can be reproduced."
         )
     adapter, result = run(RunConfig.parse({**training["config"], "output": Path(output)}), as_recorded=training)
     recorded, found = weights_hash(source), weights_hash(output)
