@@ -35,7 +35,9 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
     if record.get("data"):
         parts.append(_list("Data", [f"{part}: {_data(part, about, config)}" for part, about in record["data"].items()]))
     if settings := config.get("train") or record.get("settings"):
-        parts.append(_list("Settings", [f"{key}: {_said(value)}" for key, value in settings.items()]))
+        rate = settings.get("learning_rate") or adapter.method.learning_rate
+        shown = {**settings, "learning_rate": rate}
+        parts.append(_list("Settings", [f"{key}: {_said(value)}" for key, value in shown.items()]))
     if result:
         parts.append(_measured(result))
     parts.append(

@@ -40,6 +40,7 @@ def build(chosen: str | None) -> App:
         help_epilogue=None if chosen in COMMANDS else FIRST_STEPS,
         help_format="markdown" if chosen not in COMMANDS else "plaintext",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # main() tells what the run that was stopped has to say
     )
     for name, summary in COMMANDS.items():
         app.command(f"veneer.cli.{name}:{name}_", name=name, **({} if name == chosen else {"help": summary}))
