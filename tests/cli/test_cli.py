@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -138,23 +136,6 @@ def test_eight_times_one_is_one_times_eight(data: Path, tiny_folder: Path) -> No
     assert reports[0] == pytest.approx(reports[1], rel=1e-5)
 
 
-def test_a_killed_run_goes_on_to_the_same_result(data: Path, tiny_folder: Path) -> None:
-    write_jsonl(data.parent / "train.jsonl", sums(400))
-    more = {"train.epochs": 2, "train.evaluate_every": 5, "train.keep_best": "false", "method.dropout": 0.1}
-    assert run("train", *options(tiny_folder, "whole", **more)) == 0
-    command = [sys.executable, "-m", "veneer", "train", *options(tiny_folder, "killed", **more)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(Path("killed").glob("checkpoint-*/complete")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not Path("killed/adapter").exists()
-    resumed = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Going on from step" in resumed.stderr
-    assert torch.equal(weights(Path("killed")), weights(Path("whole")))
-
-
 def test_a_finished_or_foreign_run_is_not_overwritten(
     data: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +242,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "train", "eval", "predict", "generate", "merge", "methods", "sites", "models"]
+    "command", ["", "demo", "train", "eval", "predict", "generate", "merge", "adapters", "methods", "sites", "models"]
 )
 def test_help_has_worked_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*[command] * bool(command), "--help") == 0

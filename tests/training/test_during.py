@@ -36,13 +36,13 @@ def data(folder: Path) -> Path:
     return write_jsonl(folder / "train.jsonl", sums(64))
 
 
-@pytest.fixture
-def arguments(data: Path, tiny_folder: Path) -> Callable[..., list[str]]:
-    def of(output: str, **more: object) -> list[str]:
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path) -> Callable[..., list[str]]:
+    def of(output: object, **more: object) -> list[str]:
         settings = {
             "base": tiny_folder,
             "dtype": "float32",
-            "data.train": data.name,
+            "data.train": "train.jsonl",
             "data.validation": 0.1,
             "output": output,
             "method.rank": 2,
@@ -58,7 +58,22 @@ def arguments(data: Path, tiny_folder: Path) -> Callable[..., list[str]]:
     return of
 
 
-def outcome_of(run_folder: str) -> tuple[str, object]:
+@pytest.fixture
+def arguments(settings: Callable[..., list[str]], data: Path) -> Callable[..., list[str]]:
+    """The command line of a run on the rows in train.jsonl, with other settings as given."""
+    return settings
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object]:
+    """The outcome of that run, uninterrupted."""
+    path = tmp_path_factory.mktemp("uninterrupted")
+    write_jsonl(path / "train.jsonl", sums(64))
+    assert command(*settings(path / "whole", **{"data.train": path / "train.jsonl"})) == 0
+    return outcome_of(path / "whole")
+
+
+def outcome_of(run_folder: str | Path) -> tuple[str, object]:
     """The hash of a run's weights, and its held-out scores."""
     report = json.loads(Path(run_folder, "report.json").read_text())
     return sha256(Path(run_folder, "adapter", "adapter_model.safetensors")), report["after"]
@@ -95,9 +110,12 @@ def cut() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_does(
-    arguments: Callable[..., list[str]], at_step: Callable[..., None], capsys: pytest.CaptureFixture[str], number: int
+    arguments: Callable[..., list[str]],
+    whole: object,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    number: int,
 ) -> None:
-    assert command(*arguments("whole")) == 0
     before = signal.getsignal(number)
     at_step(6, lambda: os.kill(os.getpid(), number))
     assert command(*arguments("cut")) == 130
@@ -107,7 +125,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_does(
     assert not Path("cut/adapter").exists()
     assert command(*arguments("cut")) == 0
     assert "Going on from step 6" in capsys.readouterr().err
-    assert outcome_of("cut") == outcome_of("whole")
+    assert outcome_of("cut") == whole
 
 
 def test_a_second_signal_stops_at_once(
@@ -142,11 +160,11 @@ def test_ctrl_c_as_a_person_presses_it(arguments: Callable[..., list[str]]) -> N
 
 
 def test_killed_twice_a_run_comes_to_the_same_result(arguments: Callable[..., list[str]]) -> None:
-    more = {"train__checkpoint_every": 1, "train__keep_best": "false", "data__train": "more.jsonl"}
+    more = {"train__checkpoint_every": 1, "train__epochs": 1, "train__keep_best": "false", "data__train": "more.jsonl"}
     write_jsonl(Path("more.jsonl"), sums(160))
     assert command(*arguments("whole", **more)) == 0
     line = [sys.executable, "-m", "veneer", *arguments("killed", **more)]
-    for after in (3, 20):
+    for after in (3, 10):
         process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not any(step >= after for step, _ in checkpoints(Path("killed"))):
@@ -242,19 +260,32 @@ def test_changed_data_is_noticed(
 
 
 def test_a_damaged_checkpoint_is_left_out(
-    arguments: Callable[..., list[str]], at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    arguments: Callable[..., list[str]],
+    whole: object,
+    at_step: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert command(*arguments("whole")) == 0
+    def damage(checkpoint: Path) -> None:
+        content = bytearray((checkpoint / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (checkpoint / "optimizer.pt").write_bytes(content)
+
     at_step(11, cut)
     with pytest.raises(Cut):
-        command(*arguments("out"))
-    shutil.copytree("out", "all")
-    (kept,) = (path for _, path in checkpoints(Path("out")))
-    content = bytearray((kept / "optimizer.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (kept / "optimizer.pt").write_bytes(content)
-    assert command(*arguments("out")) == 2
+        command(*arguments("out", train__checkpoint_every=3))
+    (best, last) = (path for _, path in checkpoints(Path("out")))
+    damage(last)
+    shutil.copytree("out", "kept")
+    damage(best)
+    assert command(*arguments("out", train__checkpoint_every=3)) == 2
     assert "No checkpoint in out is intact any more" in capsys.readouterr().err
+    shutil.rmtree("out")
+    os.rename("kept", "out")
+    assert command(*arguments("out", train__checkpoint_every=3)) == 0
+    err = capsys.readouterr().err
+    assert f"{last} is damaged and left out" in err
+    assert "Going on from step 8" in err
+    assert outcome_of("out") == whole
 
 
 # Checkpoints
@@ -267,8 +298,8 @@ def test_checkpoints_between_validations(
     with pytest.raises(Cut):
         command(*arguments("out", train__evaluate_every=5, train__checkpoint_every=3))
     assert [step for step, _ in checkpoints(Path("out"))] == [5, 6]  # the best, and the last
+    at_step(8, cut)
     with pytest.raises(Cut):
-        at_step(8, cut)
         command(*arguments("by-time", train__evaluate_every=20, train__checkpoint_every="0 s"))
     assert len(checkpoints(Path("by-time"))) == 1
     for wrong in ("0", "often", "3 weeks"):
@@ -295,9 +326,8 @@ def test_checkpoints_by_time_cost_little(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
-    arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    arguments: Callable[..., list[str]], whole: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(*arguments("whole")) == 0
     original = Trainer._save_rng_state
 
     def killed(self: Trainer, folder: str) -> None:
@@ -312,7 +342,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     os.rename("out", "elsewhere")
     os.rename("killed", "out")
     assert command(*arguments("out")) == 0
-    assert outcome_of("out") == outcome_of("whole")
+    assert outcome_of("out") == whole
     assert not list(Path("out").glob(".checkpoint*"))
 
 
@@ -340,9 +370,9 @@ def test_a_loss_that_is_no_number_names_step_rows_and_cause(
     arguments: Callable[..., list[str]], spoil: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = sums(64)
-    rows[40] = {"prompt": "Poison. " + str(rows[40]["prompt"]) + " Please." * 20, "completion": "1"}
+    rows[40] = {"prompt": "Poison. " + str(rows[40]["prompt"]) + " Please." * 6, "completion": "1"}
     write_jsonl(Path("train.jsonl"), rows)
-    spoil(lambda model, loss, longest: loss * float("nan" if longest > 60 else 1))
+    spoil(lambda model, loss, longest: loss * float("nan" if longest > 55 else 1))
     more = {"data__validation": 0, "train__group_by_length": "false", "train__checkpoint_every": 1}
     assert command(*arguments("out", **more)) == 2
     err = capsys.readouterr().err
@@ -358,7 +388,7 @@ def test_a_loss_that_is_no_number_names_step_rows_and_cause(
     assert f"train --continue out/checkpoint-{last} data.train=" in err
     capsys.readouterr()
     write_jsonl(Path("train.jsonl"), sums(64))
-    assert command("train", "--continue", f"out/checkpoint-{last}", *arguments("on")[2:]) == 0
+    assert command("train", "--continue", f"out/checkpoint-{last}", *arguments("next")[2:]) == 0
 
 
 def test_a_gradient_that_is_no_number_is_never_applied(tiny_folder: Path, spoil: Callable[..., None]) -> None:
@@ -438,9 +468,8 @@ def test_a_folder_that_vanishes(
 
 
 def test_a_full_disk(
-    arguments: Callable[..., list[str]], at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    arguments: Callable[..., list[str]], whole: object, at_step: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*arguments("whole")) == 0
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, free[1])))
     try:
@@ -452,7 +481,7 @@ def test_a_full_disk(
     assert "Traceback" not in err
     assert [path.name for path in Path("out").glob("*checkpoint*")] == ["checkpoint-4"]
     assert command(*arguments("out")) == 0
-    assert outcome_of("out") == outcome_of("whole")
+    assert outcome_of("out") == whole
 
 
 def test_a_folder_that_cannot_be_written(

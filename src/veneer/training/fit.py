@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,13 @@ def fit(
     held_out: Dataset | None,
     settings: TrainSettings,
     output: Path,
-    resume: Path | None,
+    *,
+    resume: Path | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Result:
     """Train ``adapter`` on ``rows`` in the run folder ``output``, from the checkpoint ``resume`` if there is one.
+
+    ``begin`` is called once all is known to be right, before anything is written.
 
     Raises:
         DataError: the rows don't suit the task.
@@ -83,7 +87,6 @@ def fit(
         raise ConfigError(f"{base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
     train_set = task.prepare(rows, base.tokenizer)
     validation = task.prepare(held_out, base.tokenizer) if held_out is not None else None
-    output.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(adapter, settings, output, len(train_set.examples), validation is not None, resume)
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)
     patience, overfitting = Patience(settings.patience or 0), Overfitting(settings.keep_best)
@@ -99,6 +102,7 @@ def fit(
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     _header(adapter, task, train_set, validation)
+    begin()
     if settings.checkpointing:
         base.enable_checkpointing()
     try:

@@ -89,7 +89,7 @@ def to_resume(folder: Path, config: Mapping[str, Any]) -> Path | None:
 
 
 def start(folder: Path, config: Mapping[str, Any], started: Mapping[str, Any]) -> None:
-    """Note what a new run is of."""
+    """Note what a run is of."""
     write_text(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
     write_json(folder / STARTED, started)
 

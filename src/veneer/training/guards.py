@@ -81,7 +81,8 @@ def overfitting(history: Sequence[Mapping[str, Any]], keep_best: bool) -> str | 
     return (
         f"overfitting: the validation loss rose from {lowest:.4f} at step {best} to {later[-1]:.4f}, while the "
         f"training loss fell from {until[-1]:.4f} to {since[-1]:.4f}. {kept}Stop there next time "
-        f"(train.patience={SIGNS}, or fewer train.epochs), train on more rows, or train less: a lower train.learning_rate, fewer targets."
+        f"(train.patience={SIGNS}, or fewer train.epochs), train on more rows, or train less: "
+        "a lower train.learning_rate, fewer targets."
     )
 
 

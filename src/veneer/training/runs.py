@@ -70,7 +70,7 @@ def train(
     with contextlib.ExitStack() as stack:
         where = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
         stack.enter_context(folder.held(where))
-        result = fit(adapter, chosen, rows, held_out, options, where, resume=None)
+        result = fit(adapter, chosen, rows, held_out, options, where)
     adapter.record = {
         "settings": options.model_dump(mode="json"),
         "data": {"train": facts.of_rows(rows), **({"validation": facts.of_rows(held_out)} if held_out else {})},
@@ -108,14 +108,21 @@ def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> t
         }
         if as_recorded is not None:
             folder.check_same(as_recorded, started, "this adapter was trained", "train anew with `veneer train`")
-        if resume is None:
-            folder.start(output, config.plain(), started)
-        else:
+        if resume is not None:
             folder.check_unchanged(output, started)
         adapter.record = {"config": config.plain(), **started, "earlier": lessons(origin)}
         earlier = Earlier(adapter, task, lessons(origin), config.train.batch_size)
         try:
-            result = fit(adapter, task, rows, held_out, config.train, output, resume)
+            result = fit(
+                adapter,
+                task,
+                rows,
+                held_out,
+                config.train,
+                output,
+                resume=resume,
+                begin=lambda: folder.start(output, config.plain(), started),
+            )
         except TrainingError as error:
             raise TrainingError(f"{error} {_how_to_go_on(config)}", error.rows) from error
         except Interrupted as stop:
