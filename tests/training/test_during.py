@@ -25,6 +25,7 @@ from veneer.storage import sha256
 from veneer.tasks.base import Outcome
 from veneer.tasks.causal_lm import CausalLM
 from veneer.training.checkpoints import COMPLETE, Schedule, checkpoints
+from veneer.training.guards import overfitting
 from veneer.training.trainer import Trainer
 
 OTHER = [{"prompt": "Name a stone.", "completion": "Quartz, or obsidian 1 it is."}]
@@ -385,10 +386,13 @@ def test_a_loss_that_is_no_number_names_step_rows_and_cause(
     assert last > 0, "choose another seed"
     assert [step for step, _ in checkpoints(Path("out"))] == [last]
     assert f"The last good checkpoint, of step {last}, is kept" in err
-    assert f"train --continue out/checkpoint-{last} data.train=" in err
+    told = re.search(r"with other settings: veneer (train .*) output=ANOTHER$", err.strip())
+    assert told is not None
+    assert command("generate", "x", "--adapter", "out") == 2
+    assert f"It holds an unfinished run; of that, checkpoint-{last} can be taken" in capsys.readouterr().err
     capsys.readouterr()
     write_jsonl(Path("train.jsonl"), sums(64))
-    assert command("train", "--continue", f"out/checkpoint-{last}", *arguments("next")[2:]) == 0
+    assert command(*told[1].split(), "output=next") == 0
 
 
 def test_a_gradient_that_is_no_number_is_never_applied(tiny_folder: Path, spoil: Callable[..., None]) -> None:
@@ -434,6 +438,18 @@ def test_overfitting_is_noticed(arguments: Callable[..., list[str]], capsys: pyt
     assert err.count("overfitting") == 2  # when it is noticed, and in the end
     assert command(*arguments("fine"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_a_loss_that_rises_everywhere_is_no_overfitting() -> None:
+    def history(*trained: float) -> list[dict[str, float]]:
+        both = zip(trained, (2.0, 1.0, 1.5, 1.6), strict=True)
+        return [entry for step, (loss, held_out) in enumerate(both, start=1) for entry in (
+            {"step": step, "loss": loss}, {"step": step, "eval_loss": held_out})]  # fmt: skip
+
+    assert overfitting(history(2.0, 1.0, 0.9, 0.8), keep_best=True)
+    assert "are kept" not in str(overfitting(history(2.0, 1.0, 0.9, 0.8), keep_best=False))
+    assert overfitting(history(2.0, 1.0, 1.1, 1.2), keep_best=True) is None
+    assert overfitting(history(2.0, 1.0, 0.9, 0.8)[:-2], keep_best=True) is None  # one sign is none
 
 
 # The folder

@@ -137,6 +137,8 @@ def adapter_folder(folder: str | Path) -> Path:
     what = "does not exist" if not path.exists() else f"has no {CONFIG}"
     inside = sorted({found.parent.parent.name for found in path.glob(f"*/adapter/{CONFIG}")}) if path.is_dir() else []
     hint = f" Runs in it: {', '.join(inside)}." if inside else ""
+    if saved := sorted(found.parent.name for found in path.glob(f"checkpoint-*/{CONFIG}")):
+        hint = f" It holds an unfinished run; of that, {' and '.join(saved)} can be taken."
     raise AdapterFileError(f"{path} is no adapter folder: it {what}.{hint}")
 
 

@@ -121,7 +121,12 @@ def fit(
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise Interrupted(f"Stopped at step {state.global_step} of {state.max_steps}, as asked.")
-    best = (state.best_global_step if arguments.load_best_model_at_end else 0) or state.global_step
+    return _result(adapter, trainer, progress, tuple(told for told in (overfitting.noticed, patience.stopped) if told))
+
+
+def _result(adapter: Adapter, trainer: Trainer, progress: Progress, warnings: tuple[str, ...]) -> Result:
+    state = trainer.state
+    best = (state.best_global_step if trainer.args.load_best_model_at_end else 0) or state.global_step
     validations = [entry for entry in progress.history if "eval_loss" in entry]
     return Result(
         steps=state.global_step,
@@ -130,12 +135,12 @@ def fit(
         trainable=adapter.trainable,
         trainable_share=adapter.trainable_share,
         adapter_bytes=adapter.nbytes,
-        base_bytes=base.nbytes,
+        base_bytes=adapter.base.nbytes,
         peak_memory=peak_memory(),
         before=_at(validations, 0),
         after=_at(validations, best),
         best_step=best,
-        warnings=tuple(told for told in (overfitting.noticed, patience.stopped) if told),
+        warnings=warnings,
     )
 
 

@@ -227,11 +227,15 @@ def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:
 
 def _how_to_go_on(config: RunConfig) -> str:
     rate = (config.train.learning_rate or config.method.learning_rate) / 10
-    settings = f"train.learning_rate={rate:.0e} output=ANOTHER"
+    again, other = (
+        f"{program()} train {config.output / folder.CONFIG}",
+        f"train.learning_rate={rate:.0e} output=ANOTHER",
+    )
     found = checkpoints(config.output)
     if not found:
-        return f"Nothing had been saved yet. Start again with other settings, e.g. {settings}."
+        return f"Nothing had been saved yet. To start again with other settings: {again} {other}"
+    step, last = found[-1]
     return (
-        f"The last good checkpoint, of step {found[-1][0]}, is kept. To go on from it with other settings: "
-        f"{program()} train --continue {found[-1][1]} data.train=... {settings}."
+        f"The last good checkpoint, of step {step}, is kept. To go on from it with other settings: "
+        f"{again} --continue {last} {other}"
     )
