@@ -156,12 +156,14 @@ def test_continue_shows_what_is_forgotten(
     assert start["step"] == 0
     assert sha256(Path("first/adapter/adapter_model.safetensors")) == record("second")["continued_from"]
 
-    Path("train.jsonl").write_text("")
-    assert command("train", "--continue", "second", *on, "train.epochs=1", "output=third") == 0
-    missing, known = json.loads(Path("third/report.json").read_text())["earlier"]
-    assert "train.jsonl is empty" in missing["missing"]
-    assert known["data"] == "new.jsonl"
-    assert "unknown    what it still knows of 10 held-out rows of train.jsonl" in capsys.readouterr().err
+    for number, (rows, why) in enumerate(((sums(48, 7), "the data changed since"), ([], "train.jsonl is empty"))):
+        write_jsonl(Path("train.jsonl"), rows)
+        assert command("train", "--continue", "second", *on, "train.max_steps=1", f"output=more-{number}") == 0
+        missing, known = json.loads(Path(f"more-{number}/report.json").read_text())["earlier"]
+        assert why in missing["missing"]
+        assert "after" not in missing
+        assert known["data"] == "new.jsonl"
+        assert "unknown    what it still knows of 10 held-out rows of train.jsonl" in capsys.readouterr().err
 
 
 def test_a_continued_run_resumes_and_is_reproduced(

@@ -242,6 +242,24 @@ def test_early_stopping_counts_across_an_interruption(
     assert outcome_of("cut") == outcome_of("whole")
 
 
+@pytest.mark.parametrize("more", [{"train__max_steps": 11}, {"train__patience": 1, "train__schedule": "constant"}])
+def test_cut_off_between_the_last_step_and_the_end(
+    arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, more: dict[str, object]
+) -> None:
+    write_jsonl(Path("other.jsonl"), OTHER)
+    more |= {"data__validation": "other.jsonl", "train__learning_rate": 0.05, "train__keep_best": "false"}
+    assert command(*arguments("whole", **more)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.training.folder.finish", lambda *_: cut())
+        with pytest.raises(Cut):
+            command(*arguments("cut", **more))
+    assert command(*arguments("cut", **more)) == 0
+    assert outcome_of("cut") == outcome_of("whole")
+    ours, theirs = (json.loads(Path(name, "report.json").read_text()) for name in ("cut", "whole"))
+    assert ours["steps"] == theirs["steps"] < 16
+    assert ours["warnings"] == theirs["warnings"]
+
+
 def test_changed_data_is_noticed(
     arguments: Callable[..., list[str]], at_step: Callable[..., None], capsys: pytest.CaptureFixture[str], data: Path
 ) -> None:

@@ -34,10 +34,14 @@ class Patience(transformers.TrainerCallback):
         self.validations = validations
         self.stopped: str | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop a run at once that was cut off after it had been stopped."""
+        self.on_evaluate(args, state, control)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count, and stop."""
         losses = _validations(state.log_history)
-        best = min(range(len(losses)), key=lambda index: losses[index][1])
+        best = min(range(len(losses)), key=lambda index: losses[index][1], default=0)
         if len(losses) - 1 - best < self.validations or state.global_step >= state.max_steps:
             return
         control.should_training_stop = True

@@ -82,6 +82,12 @@ class Trainer(transformers.Trainer):
         lengths = rows["length"][:] if by_length else None
         return EpochSampler(len(rows), self.args.data_seed or 0, lengths, group)
 
+    def _run_epoch(self, **loop: Any) -> None:
+        """As transformers'; but nothing, where a run was cut off after its last step."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(**loop)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Items of one optimiser step over all its micro-batches (and processes)."""
         self._rows_of_step = [row for batch in batch_samples for row in batch[ROWS].tolist()]
