@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from helpers import command, perturb
+from veneer.tasks.sequence_classification import SequenceClassification
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -130,6 +131,9 @@ SPOILT: list[tuple[Callable[[Path], None], str]] = [
     (linked("adapter_config.json"), "outside of its folder, and is not followed"),
     (linked("veneer.json"), "outside of its folder, and is not followed"),
     (lambda p: (p / "veneer.json").write_text("["), "veneer.json cannot be read"),
+    (lambda p: (p / "veneer.json").write_text('{"sha256": [1]}'), "veneer.json is broken: sha256 is [1]"),
+    (lambda p: (p / "veneer.json").write_text('{"training": {"config": 3}}'), "veneer.json is broken: training.config"),
+    (lambda p: (p / "adapter_config.json").write_text('{"modules_to_save": 1}'), "is broken: modules_to_save is 1"),
     (lambda p: (p / "adapter_config.json").write_text("[]"), "adapter_config.json is no JSON object"),
     (changed(lambda s: s[KEY].fill_(float("nan"))), "values in " + KEY + " that are no numbers"),
     (changed(lambda s: s[KEY].fill_(float("inf"))), "values in " + KEY + " that are no numbers"),
@@ -192,3 +196,18 @@ def test_what_the_hub_caches_is_no_link_outside(copy: Path, tiny_folder: Path) -
         shutil.move(file, blobs / str(number))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
     assert command("adapters", "verify", snapshot) == 0
+
+
+def test_a_head_alone_is_an_adapter(minilm: veneer.Base, folder: Path) -> None:
+    task = SequenceClassification(labels=("a", "b"))
+    adapter = minilm.attach(veneer.HeadOnly(), "h", modules=task.head(minilm, seed=0), task=task.describe())
+    adapter.save("head")
+    assert minilm.load("head", "again").trainable == adapter.trainable  # without a warning, which would be an error
+
+
+def test_a_broken_task_is_told(copy: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = json.loads((copy / "veneer.json").read_text())
+    made["task"]["max_length"] = "long"
+    (copy / "veneer.json").write_text(json.dumps(made))
+    assert command("generate", "x", "--adapter", copy) == 2
+    assert "task.max_length: Input should be a valid integer" in capsys.readouterr().err

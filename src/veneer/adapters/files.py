@@ -27,6 +27,7 @@ from torch import Tensor
 from veneer.adapters.adapter import PREFIX, Adapter
 from veneer.adapters.card import CARD, card
 from veneer.adapters.integrity import read_object, read_weights
+from veneer.adapters.shapes import PeftConfig, Record, check
 from veneer.bases.weights import parameters_of
 from veneer.deltas import Replace
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError, VeneerError, VeneerWarning
@@ -77,7 +78,10 @@ def _keep_others(old: Path, new: Path) -> None:
     """Take over what others put into an adapter folder, and a card that a person changed; weights apart."""
     if not old.is_dir():
         return
-    written = read_object(old / RECORD).get("sha256", {}) if (old / RECORD).exists() else {}
+    try:
+        written = read_record(old).get("sha256", {})
+    except AdapterFileError:  # it is broken, and about to be replaced
+        written = {}
     for path in old.iterdir():
         if path.name in {CONFIG, WEIGHTS, RECORD} or path.suffix in {".bin", ".safetensors"}:
             continue
@@ -96,7 +100,23 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         AdapterFileError: the folder is no adapter folder, or the file is broken.
     """
     path = adapter_folder(folder)
-    return read_object(path / RECORD) if (path / RECORD).exists() else {}
+    if not (path / RECORD).exists() and not (path / RECORD).is_symlink():
+        return {}
+    record = read_object(path / RECORD)
+    check(path / RECORD, record, Record)
+    return record
+
+
+def read_peft_config(folder: str | Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter folder.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or the file is broken.
+    """
+    path = adapter_folder(folder) / CONFIG
+    config = read_object(path)
+    check(path, config, PeftConfig)
+    return config
 
 
 def weights_hash(folder: str | Path) -> str:
@@ -118,7 +138,7 @@ def read_method(folder: str | Path) -> Method:
         AdapterFileError: the folder is no adapter folder, or holds one that veneer cannot read.
     """
     path = adapter_folder(folder)
-    record, config = read_record(path), read_object(path / CONFIG)
+    record, config = read_record(path), read_peft_config(path)
     if "method" in record:
         return method_from_config(record["method"])
     return _method_class(path, config, record).from_peft(config)
@@ -149,7 +169,7 @@ def base_name(folder: str | Path) -> str:
         AdapterFileError: the folder doesn't say.
     """
     path = adapter_folder(folder)
-    name = read_record(path).get("base", {}).get("name") or read_object(path / CONFIG).get("base_model_name_or_path")
+    name = read_record(path).get("base", {}).get("name") or read_peft_config(path).get("base_model_name_or_path")
     if not name:
         raise AdapterFileError(f"{path} does not say which base it is for; load the base and use base.load().")
     return str(name)
@@ -161,7 +181,7 @@ def peft_task_type(folder: str | Path) -> str | None:
     Raises:
         AdapterFileError: the folder is no adapter folder, or the file is broken.
     """
-    return read_object(adapter_folder(folder) / CONFIG).get("task_type")
+    return read_peft_config(folder).get("task_type")
 
 
 def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
@@ -172,7 +192,7 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         BaseMismatch: it was made for another base.
     """
     path = adapter_folder(folder)
-    record, config = read_record(path), read_object(path / CONFIG)
+    record, config = read_record(path), read_peft_config(path)
     state = read_weights(path / WEIGHTS, record.get("sha256", {}).get(WEIGHTS))
     _check_base(base, path, record)
     cls = _method_class(path, config, record)

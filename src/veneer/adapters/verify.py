@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.adapters.card import CARD
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS, adapter_folder, load, read_method, read_record
-from veneer.adapters.integrity import inside, read_object, read_weights
+from veneer.adapters.integrity import inside, read_weights
 from veneer.errors import VeneerError, VeneerWarning
 from veneer.storage import sha256
 
@@ -86,7 +86,7 @@ def _method(path: Path) -> str:
 def _record(path: Path) -> Check | str:
     if not (path / RECORD).exists():
         return Check("record", "warning", f"no {RECORD}: nothing says what the files and the base should be")
-    made = read_object(path / RECORD)
+    made = read_record(path)
     return f"made {made.get('created', 'at an unknown time')} for {made.get('base', {}).get('name')}"
 
 

@@ -192,10 +192,7 @@ def _continued(config: RunConfig) -> tuple[Adapter, Task]:
     learned = adapter_task(adapter)
     if config.task.get("name", learned.name) != learned.name:
         raise ConfigError(f"task.name: {source} was trained for {learned.name}, and goes on with that.")
-    try:
-        task = task_from_config({**learned.describe(), **config.task})
-    except ValidationError as error:
-        raise ConfigError("; ".join(explain(error, type(learned), "task."))) from error
+    task = task_from_config({**learned.describe(), **config.task})
     adapter.task = task.describe()
     return adapter, task
 
