@@ -17,6 +17,7 @@ error it refines, so that ``except ValueError`` or ``except OSError`` written by
     └── FetchError         (OSError)      a download that could not be had
 
 `Interrupted` is no error but a `KeyboardInterrupt`: a run that was asked to stop, and did so in good order.
+`VeneerWarning` (`UserWarning`) is what works, and is probably not what was meant.
 """
 
 from __future__ import annotations
