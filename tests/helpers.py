@@ -69,3 +69,14 @@ def sums(count: int, start: int = 0) -> list[dict[str, object]]:
         }
         for n in range(start, start + count)
     ]
+
+
+def command(*arguments: object) -> int:
+    """Run the command line in this process; its exit code."""
+    from veneer.cli.__main__ import main
+
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    raise AssertionError("the command line always exits")

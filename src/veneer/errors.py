@@ -15,6 +15,9 @@ error it refines, so that ``except ValueError`` or ``except OSError`` written by
     ├── TrainingError      (ArithmeticError)  a run whose loss is no longer a number
     ├── OutputError        (OSError)      something in the way of what is to be written
     └── FetchError         (OSError)      a download that could not be had
+
+`Interrupted` is no error but a `KeyboardInterrupt`: a run that was asked to stop, and did so in good order.
+`VeneerWarning` (`UserWarning`) is what works, and is probably not what was meant.
 """
 
 from __future__ import annotations
@@ -60,7 +63,15 @@ class DataError(VeneerError, ValueError):
 
 
 class TrainingError(VeneerError, ArithmeticError):
-    """A training run cannot go on: its loss is no longer a number."""
+    """A training run cannot go on: its loss is no longer a number, or has run away.
+
+    Attributes:
+        rows: indices of the training examples' rows it happened on, as far as known.
+    """
+
+    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 class OutputError(VeneerError, OSError):
@@ -69,6 +80,14 @@ class OutputError(VeneerError, OSError):
 
 class FetchError(VeneerError, OSError):
     """Something to be downloaded could not be had, or is not what was pinned."""
+
+
+class VeneerWarning(UserWarning):
+    """Something that works, and is probably not what was meant."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop (Ctrl-C, SIGTERM) and did, after a whole step; the message says how to go on."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], *, limit: int = 3) -> str:

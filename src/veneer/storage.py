@@ -6,10 +6,12 @@ Whatever is written goes to a temporary name on the same file system, is synced,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,8 +62,11 @@ def replacing(path: Path) -> Iterator[TextIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+        _sync(path.parent)
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"Writing {path} failed ({error}); what was there before is untouched.") from error
         raise
 
 
@@ -94,7 +99,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise OutputError(f"Cannot write into {path.parent}: {error.strerror or error}.") from error
     try:
         yield temporary
-        _publish(temporary, path)
+        publish(temporary, path)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -103,14 +108,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a folder with all that is in it, and put it in the place of ``path``."""
     os.chmod(temporary, 0o755)
     for file in temporary.rglob("*"):
-        if file.is_file():
+        if file.is_file() and not file.is_symlink():
             os.chmod(file, 0o644)
             _sync(file)
     _sync(temporary)
-    if path.exists():
+    if path.exists() and _exchanged(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+    elif path.exists():
         old = temporary.with_name(temporary.name.replace(".new-", ".old-"))
         os.rename(path, old)
         os.rename(temporary, path)
@@ -118,6 +126,15 @@ def _publish(temporary: Path, path: Path) -> None:
     else:
         os.rename(temporary, path)
     _sync(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Have two folders change places in one step, which no kill can cut in two; False where that can't be done."""
+    if sys.platform != "linux":
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from helpers import perturb, tiny_bert, tiny_llama
+from veneer.adapters.card import CARD
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError
 
@@ -35,7 +37,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 def test_save_and_load_are_bit_exact(saved: tuple[Path, torch.Tensor]) -> None:
     folder, expected = saved
-    assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RECORD])
+    assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG, WEIGHTS, RECORD, CARD])
     base = veneer.Base(tiny_bert(), name="tiny")
     adapter = base.load(folder)
     assert adapter.name == "saved"
@@ -135,3 +137,20 @@ def test_the_record_says_what_peft_has_no_place_for(saved: tuple[Path, torch.Ten
     assert len(record["base"]["fingerprint"]) == 64
     assert record["method"] == {"name": "lora", **veneer.LoRA(rank=3, alpha=7).model_dump(mode="json")}
     assert set(record["versions"]) == {"veneer", "torch", "transformers", "python"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes two renames")
+def test_there_is_no_moment_without_an_adapter(
+    saved: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved
+    adapter = veneer.Base(tiny_bert(), name="tiny").load(folder)
+    perturb(adapter, seed=9)
+
+    def killed(*_: object) -> None:
+        raise AssertionError("between two renames the folder is gone")
+
+    monkeypatch.setattr("veneer.storage.os.rename", killed)
+    adapter.save(folder)
+    assert torch.equal(logits(veneer.Base(tiny_bert(), name="tiny").load(folder)), logits(adapter))
+    assert [path.name for path in folder.parent.iterdir()] == ["saved"]

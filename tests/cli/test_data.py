@@ -350,7 +350,7 @@ def test_labels_that_training_does_not_know(folder: Path, capsys: pytest.Capture
     arguments = ["base=minilm-l6", "data.train=train.jsonl", "data.validation=held_out.jsonl", "output=out"]
     assert run("train", *arguments) == 2
     err = capsys.readouterr().err
-    assert "validation: 1 row has labels that training rows don't have: 'c' (1) (held_out.jsonl, line 2)" in err
+    assert "validation: 1 row has labels that are not among those learned: 'c' (1) (held_out.jsonl, line 2)" in err
     assert not Path("out").exists()
     assert run("train", *arguments[:2], "data.validation=0", "output=out", "task.labels=[a, c]") == 2
     err = capsys.readouterr().err

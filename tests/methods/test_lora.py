@@ -223,5 +223,5 @@ def test_mistakes_with_starts(settings: dict[str, Any], message: str) -> None:
 def test_a_start_that_changed_the_base_is_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     peft.get_peft_model(FAMILIES["llama"].model().float(), config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="pissa.*changed the base"):
+    with pytest.raises(AdapterFileError, match=r"pissa.*changed the base"):
         veneer.Base(FAMILIES["llama"].model()).load(tmp_path, "a")

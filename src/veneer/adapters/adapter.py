@@ -59,7 +59,6 @@ class Adapter(Trainable):
         self.sites = tuple(sites)
         self.task = dict(task)
         self.record: dict[str, Any] = {}
-        self.base_model = Backbone(self._run_backbone)
         self._shared = self._own("", shared)
         names = _names_in_files(sites)
         self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
@@ -174,14 +173,6 @@ class Adapter(Trainable):
             self.base.model.train(mode)
         return super().train(mode)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' models have it, for `Trainer`; what it is given is as `Base.enable_checkpointing` has it."""
-        self.base.enable_checkpointing()
-
-    def gradient_checkpointing_disable(self) -> None:
-        """As transformers' models have it."""
-        self.base.disable_checkpointing()
-
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As for any module; a change of device takes the base along, a change of dtype doesn't."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
@@ -192,6 +183,11 @@ class Adapter(Trainable):
     def __repr__(self) -> str:
         share = f"{self.trainable:,} trainable, {self.trainable_share:.2%} of {self.base.name}"
         return f"<Adapter {self.name!r}: {self.method!r}, {share}>"
+
+    @functools.cached_property
+    def base_model(self) -> Backbone:
+        """The base without its head, run with this adapter; trainers ask for it by this name."""
+        return Backbone(self._run_backbone)
 
     def _run_backbone(self, *args: Any, **kwargs: Any) -> Any:
         if self._adds_tokens:

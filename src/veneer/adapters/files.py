@@ -3,15 +3,17 @@
     adapter_config.json         the method, in peft's words where peft has it
     adapter_model.safetensors   the adapter's state dict, under peft's names
     veneer.json                 what peft has no place for: the base's fingerprint, hashes, task, metrics, versions
+    README.md                   the model card; what a person changed in it stays
 
 peft, vLLM, TGI and llama.cpp's converter read the first two; folders peft wrote (without the third) load as well.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import re
+import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.adapters.adapter import PREFIX, Adapter
-from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, VeneerError
+from veneer.adapters.card import CARD, card
+from veneer.adapters.integrity import read_object, read_weights
+from veneer.adapters.shapes import PeftConfig, Record, check
+from veneer.bases.weights import parameters_of
+from veneer.deltas import Replace
+from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError, VeneerError, VeneerWarning
 from veneer.methods import Method, method_class, method_from_config
 from veneer.methods.registry import method_for_peft
-from veneer.storage import new_folder, sha256, write_json
+from veneer.storage import new_folder, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from veneer.adapters.base import Base
@@ -46,6 +53,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
         raise AdapterError(f"{path} exists and is no adapter folder; give a new or an empty one.")
     with new_folder(path) as new:
+        _keep_others(path, new)
         prefix = adapter.method.peft_prefix
         state = {
             (prefix + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name): tensor.detach()
@@ -53,9 +61,36 @@ def save(adapter: Adapter, folder: str | Path) -> None:
             .contiguous()
             for name, tensor in adapter.state_dict().items()
         }
-        save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, new / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, to safetensors
+            raise OutputError(f"Writing {path} failed ({error}); what was there before is untouched.") from error
         write_json(new / CONFIG, _peft_config(adapter))
-        write_json(new / RECORD, _record(adapter, sha256(new / WEIGHTS)))
+        if not (new / CARD).exists():
+            write_text(new / CARD, card(adapter, _versions()))
+            ours = [WEIGHTS, CONFIG, CARD]
+        else:
+            ours = [WEIGHTS, CONFIG]
+        write_json(new / RECORD, _record(adapter, {name: sha256(new / name) for name in ours}))
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Take over what others put into an adapter folder, and a card that a person changed; weights apart."""
+    if not old.is_dir():
+        return
+    try:
+        written = read_record(old).get("sha256", {})
+    except AdapterFileError:  # it is broken, and about to be replaced
+        written = {}
+    for path in old.iterdir():
+        if path.name in {CONFIG, WEIGHTS, RECORD} or path.suffix in {".bin", ".safetensors"}:
+            continue
+        if path.name == CARD and written.get(CARD) == sha256(path):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -65,7 +100,48 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         AdapterFileError: the folder is no adapter folder, or the file is broken.
     """
     path = adapter_folder(folder)
-    return _json(path / RECORD) if (path / RECORD).exists() else {}
+    if not (path / RECORD).exists() and not (path / RECORD).is_symlink():
+        return {}
+    record = read_object(path / RECORD)
+    check(path / RECORD, record, Record)
+    return record
+
+
+def read_peft_config(folder: str | Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter folder.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or the file is broken.
+    """
+    path = adapter_folder(folder) / CONFIG
+    config = read_object(path)
+    check(path, config, PeftConfig)
+    return config
+
+
+def weights_hash(folder: str | Path) -> str:
+    """Hash of the weights file of an adapter folder.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or has no weights.
+    """
+    path = adapter_folder(folder) / WEIGHTS
+    if not path.is_file():
+        raise AdapterFileError(f"{path.parent} has no {WEIGHTS}.")
+    return sha256(path)
+
+
+def read_method(folder: str | Path) -> Method:
+    """The method of the adapter in a folder; where peft wrote it, with targets as its config has them.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or holds one that veneer cannot read.
+    """
+    path = adapter_folder(folder)
+    record, config = read_record(path), read_peft_config(path)
+    if "method" in record:
+        return method_from_config(record["method"])
+    return _method_class(path, config, record).from_peft(config)
 
 
 def adapter_folder(folder: str | Path) -> Path:
@@ -81,6 +157,8 @@ def adapter_folder(folder: str | Path) -> Path:
     what = "does not exist" if not path.exists() else f"has no {CONFIG}"
     inside = sorted({found.parent.parent.name for found in path.glob(f"*/adapter/{CONFIG}")}) if path.is_dir() else []
     hint = f" Runs in it: {', '.join(inside)}." if inside else ""
+    if saved := sorted(found.parent.name for found in path.glob(f"checkpoint-*/{CONFIG}")):
+        hint = f" It holds an unfinished run; of that, {' and '.join(saved)} can be taken."
     raise AdapterFileError(f"{path} is no adapter folder: it {what}.{hint}")
 
 
@@ -91,7 +169,7 @@ def base_name(folder: str | Path) -> str:
         AdapterFileError: the folder doesn't say.
     """
     path = adapter_folder(folder)
-    name = read_record(path).get("base", {}).get("name") or _json(path / CONFIG).get("base_model_name_or_path")
+    name = read_record(path).get("base", {}).get("name") or read_peft_config(path).get("base_model_name_or_path")
     if not name:
         raise AdapterFileError(f"{path} does not say which base it is for; load the base and use base.load().")
     return str(name)
@@ -103,7 +181,7 @@ def peft_task_type(folder: str | Path) -> str | None:
     Raises:
         AdapterFileError: the folder is no adapter folder, or the file is broken.
     """
-    return _json(adapter_folder(folder) / CONFIG).get("task_type")
+    return read_peft_config(folder).get("task_type")
 
 
 def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
@@ -114,8 +192,8 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         BaseMismatch: it was made for another base.
     """
     path = adapter_folder(folder)
-    record, config = read_record(path), _json(path / CONFIG)
-    state = _weights(path / WEIGHTS, record)
+    record, config = read_record(path), read_peft_config(path)
+    state = read_weights(path / WEIGHTS, record.get("sha256", {}).get(WEIGHTS))
     _check_base(base, path, record)
     cls = _method_class(path, config, record)
     if cls.peft_prefix != PREFIX:
@@ -136,7 +214,21 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     except VeneerError:
         base.detach(adapter.name)
         raise
+    if not acts(adapter):
+        warnings.warn(
+            f"The adapter in {path} changes nothing: all its deltas are zero. Was it saved before it was trained?",
+            VeneerWarning,
+            stacklevel=3,
+        )
     return adapter
+
+
+def acts(adapter: Adapter) -> bool:
+    """Whether an adapter changes anything its base computes, a task's head apart. Looks no further than it must."""
+    deltas = {path: delta for path, delta in adapter.lower(training=False).items() if not isinstance(delta, Replace)}
+    model = adapter.base.model
+    with torch.no_grad():
+        return not deltas or any(d.changes(parameters_of(model.get_submodule(p))) for p, d in deltas.items())
 
 
 def _name(path: Path) -> str:
@@ -160,11 +252,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
     return config | {"task_type": adapter.task.get("peft_task_type"), **fields}
 
 
-def _record(adapter: Adapter, weights_hash: str) -> dict[str, Any]:
-    import transformers
-
-    import veneer
-
+def _record(adapter: Adapter, hashes: Mapping[str, str]) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -178,36 +266,22 @@ def _record(adapter: Adapter, weights_hash: str) -> dict[str, Any]:
         "task": adapter.task,
         "trainable": adapter.trainable,
         "training": adapter.record,
-        "sha256": {WEIGHTS: weights_hash},
-        "versions": {
-            "veneer": veneer.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "sha256": dict(hashes),
+        "versions": _versions(),
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise AdapterFileError(f"{path} is no JSON object.")
-    return value
+def _versions() -> dict[str, str]:
+    import transformers
 
+    import veneer
 
-def _weights(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise AdapterFileError(f"{path.parent} has no {WEIGHTS}. Pickled weights (.bin) are never read.")
-    expected = record.get("sha256", {}).get(WEIGHTS)
-    if expected and sha256(path) != expected:
-        raise AdapterFileError(f"{path} is damaged: it is not the file {RECORD} describes. Get it again.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}.") from error
+    return {
+        "veneer": veneer.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _check_base(base: Base, path: Path, record: Mapping[str, Any]) -> None:
@@ -262,11 +336,12 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:
     own = adapter.state_dict(keep_vars=True)
     wrong = [f"misses {key}" for key in sorted(own.keys() - state.keys())]
     wrong += [f"has {key}, which has no place" for key in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"has {key} as {list(state[key].shape)}, not {list(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
+    for key in sorted(own.keys() & state.keys()):
+        here, wanted = state[key], own[key]
+        if here.shape != wanted.shape:
+            wrong.append(f"has {key} as {list(here.shape)}, not {list(wanted.shape)}")
+        elif here.is_floating_point() != wanted.is_floating_point():
+            wrong.append(f"has {key} as {here.dtype}, not {wanted.dtype}")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise AdapterFileError(

@@ -21,7 +21,7 @@ _OF_THE_BASE = ("add_model_tags", "dtype", "generation_config", "get_output_embe
 
 
 class Backbone(nn.Module):
-    """The root of an adapter's parameter tree; called, it is what transformers calls a model's ``base_model``."""
+    """What transformers calls a model's ``base_model``: run without the head. It owns nothing."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()

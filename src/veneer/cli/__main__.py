@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
 import veneer
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, VeneerWarning
 
 COMMANDS = {
     "demo": "Train a real model on a real task, in minutes, and prove what it learned.",
@@ -23,10 +24,12 @@ COMMANDS = {
     "lr-find": "Find a learning rate by raising it until the loss explodes.",
     "sweep": "Search config keys for the lowest validation loss.",
     "doctor": "Check this machine, and train a tiny model on it.",
+    "adapters": "Check that an adapter folder is intact.",
     "methods": "List the PEFT methods, or show the settings of one.",
     "sites": "Show where a method can act in a base, and the words for it.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
 }
+_usual_warning = warnings.formatwarning
 FIRST_STEPS = (
     "First steps: `veneer demo` trains a real model in minutes; `veneer train --help` shows how to train "
     "on your own file. Every command explains itself with --help."
@@ -42,6 +45,7 @@ def build(chosen: str | None) -> App:
         help_epilogue=None if chosen in COMMANDS else FIRST_STEPS,
         help_format="markdown" if chosen not in COMMANDS else "plaintext",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # main() tells what the run that was stopped has to say
     )
     for name, summary in COMMANDS.items():
         module = name.replace("-", "_")
@@ -49,11 +53,21 @@ def build(chosen: str | None) -> App:
     return app
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings in one line, others as Python has them."""
+    if issubclass(category, VeneerWarning):
+        return f"warning: {message}\n"
+    return _usual_warning(message, category, filename, lineno, line)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; exits 0, or 2 after a user's mistake, or 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.formatwarning = _warning
     given = sys.argv[1:] if arguments is None else arguments
     try:
         build(given[0] if given else None)(given, exit_on_error=False, print_error=True)
@@ -62,8 +76,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except VeneerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

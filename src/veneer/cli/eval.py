@@ -53,7 +53,7 @@ def eval_(
     base_model
         Where to find the base, if not where the adapter says.
     columns
-        Columns under other names, e.g. prompt=question.
+        Columns under other names, e.g. prompt=question; those of the training are known.
     json
         Print one JSON object on stdout.
     """

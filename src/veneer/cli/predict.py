@@ -50,7 +50,7 @@ def predict_(
     base_model
         Where to find the base, if not where the adapter says.
     columns
-        Columns under other names, e.g. text=body.
+        Columns under other names, e.g. text=body; those of the training are known.
     """
     from veneer.cli.columns import mapping
     from veneer.cli.output import console

@@ -172,7 +172,7 @@ def _files(source: Any, split: str) -> list[tuple[str, Path | None, int]]:
     if isinstance(source, str | Path):
         path = DATASETS[str(source)].fetch(split) if str(source) in DATASETS else Path(source).expanduser()
         if path.is_dir():
-            return [(str(file), file, len(_from_file(file))) for file in _data_files(path)]
+            return [(str(file), file, len(_from_file(file))) for file in data_files(path)]
         if path.is_file():
             return [(str(source), path, len(_from_file(path)))]
     return [(_name(source), None, len(read_raw(source, split=split)))]
@@ -326,7 +326,7 @@ def _from_folder(path: Path) -> Dataset:
     """A folder of texts, a file a row; or of data files all of one kind."""
     import datasets
 
-    files = _data_files(path)
+    files = data_files(path)
     kinds = {_READERS[file.suffix.lower()] for file in files}
     if not files:
         raise DataError(f"The folder {path} holds no data files ({', '.join(_READERS)}).")
@@ -335,7 +335,8 @@ def _from_folder(path: Path) -> Dataset:
     return datasets.concatenate_datasets([_from_file(file) for file in files])
 
 
-def _data_files(folder: Path) -> list[Path]:
+def data_files(folder: Path) -> list[Path]:
+    """The files in a folder, at any depth, that `read` can read."""
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
 
 

@@ -142,7 +142,7 @@ def report(parts: Sequence[Part], *, max_truncated: float = MAX_TRUNCATED, conte
         )
         findings += lost(part, max_truncated, context)
         findings += beyond(part, context)
-        findings += unseen(part, "task.labels doesn't name" if first else "training rows don't have")
+        findings += unseen(part, "task.labels doesn't name" if first else "are not among those learned")
         findings += repeated(part, again, nearly)
         findings += leaked(part, overlap, near_overlap)
         findings += answers(part, texts.empty, conflicting, texts.labels if first else None)

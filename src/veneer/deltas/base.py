@@ -69,6 +69,17 @@ class Delta:
         """
         return None
 
+    def changes(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether it does anything at all to a module with these parameters; True where that cannot be told."""
+        import torch
+
+        wide = {name: value.float() if value.is_floating_point() else value for name, value in parameters.items()}
+        try:
+            merged = self.merge_into(wide)
+        except AdapterError:
+            return True
+        return any(not torch.equal(value, wide[name]) for name, value in merged.items())
+
     @property
     def swaps(self) -> bool:
         """Whether the module has to run on other parameters than its own."""

@@ -8,7 +8,7 @@ where y is the branch's output before its residual is added, and x its input. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -46,6 +46,10 @@ class Bottleneck(Delta):
         h = x if self.parallel else y
         inner = self.act(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
         return y + F.linear(inner, self.up.to(y.dtype), self.up_bias.to(y.dtype)) * self.scale
+
+    def changes(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Unless nothing comes up."""
+        return bool(self.up.any() or self.up_bias.any())
 
     @classmethod
     def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:

@@ -12,6 +12,7 @@ from typing import Any
 from veneer.adapters import Adapter
 from veneer.data.reading import read_raw
 from veneer.errors import DataError, OutputError
+from veneer.evaluation.columns import mapping
 from veneer.storage import replacing
 from veneer.tasks import Task, adapter_task
 
@@ -58,7 +59,8 @@ def predict_file(
         raise OutputError(f"{path} should end in .jsonl or .csv; those are the formats written.")
     if path.exists() and path.resolve() == Path(source).resolve():
         raise OutputError(f"{path} is the file the rows come from; give another output.")
-    rows = read_raw(source, split=split, columns=columns)
+    names = mapping(adapter, source, split, columns)
+    rows = read_raw(source, split=split, columns=names)
     if not any(column in rows.column_names for column in task.asks_from):
         raise DataError(
             f"{source} has none of the columns {', '.join(task.asks_from)}; it has {', '.join(rows.column_names)}. "
@@ -69,7 +71,7 @@ def predict_file(
         writer = csv.writer(file)
         for number, (row, answer) in enumerate(zip(rows, predict(adapter, rows, task=task, **options), strict=True)):
             cut += not answer.get("finished", True)
-            line = _line(row, answer, columns or {})
+            line = _line(row, answer, names)
             if path.suffix == ".jsonl":
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 continue

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from veneer.adapters import Adapter
 from veneer.data import read
+from veneer.evaluation.columns import mapping
 from veneer.evaluation.intervals import of_mean
 from veneer.tasks import Prepared, Task, adapter_task
+from veneer.tasks.measuring import measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,7 +111,7 @@ def evaluate(
         limit: evaluate a random choice of this many rows.
         batch_size: rows a batch.
         split: of a hub or catalogue data set.
-        columns: our name of a column -> its name in the data.
+        columns: our name of a column -> its name in the data; by default as in training.
         progress: told what is being done.
         options: of the task's predictions, e.g. ``max_new_tokens``.
 
@@ -119,7 +120,7 @@ def evaluate(
     """
     started = time.perf_counter()
     task = task or adapter_task(adapter)
-    rows = read(data, split=split, columns=columns)
+    rows = read(data, split=split, columns=mapping(adapter, data, split, columns))
     task.check_format(rows)
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=0).select(range(limit))
@@ -172,7 +173,7 @@ def _evaluated(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> _Evaluated:
-    overall = _overall(task, adapter, model, prepared, batch_size)
+    overall = measure(task, model, adapter.base, prepared, batch_size)
     everything = list(rows)
     if not all(task.has_answer(row) for row in everything):
         return _Evaluated(overall, {}, [])
@@ -183,22 +184,6 @@ def _evaluated(
     for index, answer in zip(order, answers, strict=True):
         predictions[index] = answer
     return _Evaluated(overall, task.score(everything, predictions), predictions)
-
-
-def _overall(task: Task, adapter: Adapter, model: nn.Module, prepared: Prepared, batch_size: int) -> dict[str, float]:
-    """Loss and the task's metrics over all items: each weighs the same whatever row it is in."""
-    base = adapter.base
-    examples = prepared.examples
-    examples = examples.select(torch.tensor(examples["length"][:]).argsort(stable=True).tolist())
-    sums = torch.zeros(3, dtype=torch.float64)
-    with torch.no_grad():
-        for start in range(0, len(examples), batch_size):
-            chosen = examples.select(range(start, min(start + batch_size, len(examples))))
-            batch = task.collate(list(chosen), base.tokenizer)
-            outcome = task.outcome(model, {name: value.to(base.device) for name, value in batch.items()})
-            sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
-    loss, items, correct = sums.tolist()
-    return {"loss": loss / items, **task.metrics(loss / items, correct / items)}
 
 
 def _by_task(rows: Dataset, by_row: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Score]]:

@@ -66,7 +66,7 @@ class LoRA(Targeted):
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     }
-    peft_checked: ClassVar[frozenset[str]] = frozenset({"target_parameters", "use_dora", "bias"})
+    peft_checked: ClassVar[frozenset[str]] = frozenset({"target_parameters", "use_dora"})
     kinds: ClassVar[Collection[str]] = ("linear", EMBEDDING, "conv", EXPERTS)
 
     rank: int = Field(16, ge=1)
@@ -198,6 +198,8 @@ class LoRA(Targeted):
             }
         if self.init in SHIFTING:
             fields["peft_type"] = "VENEER_LORA"  # peft keeps no start beside the factors
+        ours_alone = ("init", "freeze_a")  # of how it is trained, not of what it does
+        fields = {key: value for key, value in fields.items() if key not in ours_alone}
         return fields | {"bias": "none", "init_lora_weights": True}
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from veneer.tasks.base import Outcome, Prepared, Task
 from veneer.tasks.checking import Checked, check_data
-from veneer.tasks.loading import adapter_task, load_adapter, load_base
+from veneer.tasks.loading import adapter_task, load_adapter, load_base, load_base_for
 from veneer.tasks.registry import TASKS, choose_task, task_class, task_from_config
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "choose_task",
     "load_adapter",
     "load_base",
+    "load_base_for",
     "task_class",
     "task_from_config",
 ]

@@ -45,7 +45,8 @@ class Prepared:
     """Rows turned into model inputs.
 
     Attributes:
-        examples: one a row, or several for a long text; none for a row with nothing left to learn.
+        examples: one a row, or several for a long text, ``row`` being the index of theirs; none for a row with nothing
+            left to learn.
         tokens: of the rows before any was cut.
         longest: tokens of the longest example.
     """
@@ -197,7 +198,9 @@ class Task(BaseModel):
             limit=self.max_length,
         )
         examples = encoded if kept.all() else encoded.select(numpy.flatnonzero(kept))
-        return Prepared(examples.select_columns(["input_ids", "labels", "length"]), tokens, int(told["length"].max()))
+        return Prepared(
+            examples.select_columns(["input_ids", "labels", "length", "row"]), tokens, int(told["length"].max())
+        )
 
     @classmethod
     def check_format(cls, rows: Dataset) -> None:

@@ -72,10 +72,24 @@ def load_adapter(folder: str | os.PathLike[str], *, base: str | None = None, **o
         AdapterFileError: the folder is no intact adapter.
         BaseMismatch: the base found is not the one it was made for.
     """
+    return load_base_for(folder, base, **options).load(folder)
+
+
+def load_base_for(folder: str | os.PathLike[str], base: str | None = None, **options: Any) -> Base:
+    """Load the base an adapter folder is for, with the head its task needs.
+
+    Args:
+        folder: an adapter folder, or a training run's folder.
+        base: where to find the base, if not where the folder says.
+        options: of `load_base`.
+
+    Raises:
+        AdapterFileError: the folder is no adapter folder, or doesn't say.
+        BaseError: there is no such base.
+    """
     record = read_record(os.fspath(folder))
     task = record.get("task", {}).get("name") or _named_by_peft(peft_task_type(os.fspath(folder)))
-    loaded = load_base(base or base_name(os.fspath(folder)), task=task, **options)
-    return loaded.load(folder)
+    return load_base(base or base_name(os.fspath(folder)), task=task, **options)
 
 
 def adapter_task(adapter: Adapter) -> Task:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from veneer.data import detect
-from veneer.errors import UnknownName, did_you_mean
+from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.tasks.base import Task
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tasks.sequence_classification import SequenceClassification
@@ -35,6 +37,18 @@ def choose_task(rows: Dataset) -> type[Task]:
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
-    """A task from what an adapter's files say of it (`Task.describe`)."""
+    """A task from what an adapter's files say of it (`Task.describe`).
+
+    Raises:
+        UnknownName: there is no such task.
+        ConfigError: its settings cannot be.
+    """
     fields = {key: value for key, value in config.items() if key not in {"name", "peft_task_type"}}
-    return task_class(str(config.get("name")))(**fields)
+    cls = task_class(str(config.get("name")))
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        wrong = [
+            f"task.{'.'.join(map(str, each['loc']))}: {each['msg']} (got {each['input']!r})" for each in error.errors()
+        ]
+        raise ConfigError("; ".join(wrong)) from error

@@ -29,6 +29,8 @@ _ELSEWHERE: Mapping[str, str] = {
     "warmup_steps": "train.warmup",
     "optim": "train.optimizer",
     "eval_steps": "train.evaluate_every",
+    "save_steps": "train.checkpoint_every",
+    "early_stopping_patience": "train.patience",
     "logging_steps": "train.log_every",
     "report_to": "train.trackers",
     "group_by_length": "train.group_by_length",
@@ -83,6 +85,8 @@ class RunConfig(BaseModel):
     """Which data."""
     output: Path
     """Folder of the run; the adapter goes to its folder `adapter`."""
+    continue_from: str | None = None
+    """An adapter to go on training, instead of a new one: its folder. Base, method and task are then its own."""
     method: InstanceOf[Method]
     """What to train, e.g. {name: lora, rank: 16}; see `veneer methods`."""
     task: dict[str, Any] = {}
@@ -103,6 +107,11 @@ class RunConfig(BaseModel):
         """
         values = dict(raw)
         problems: list[str] = []
+        if values.get("continue_from"):
+            own = _of_adapter(str(values["continue_from"]))
+            if "method" in values and method_from_config(values["method"]) != own["method"]:
+                problems.append("method: is that of the adapter it continues from; leave it out")
+            values = own | values | {"method": own["method"]}
         values["method"], wrong = _parse_method(values.get("method", DEFAULT))
         problems += wrong
         if isinstance(values.get("task"), str):
@@ -122,13 +131,16 @@ class RunConfig(BaseModel):
         return {**values, "method": {"name": self.method.name, **self.method.model_dump(mode="json")}}
 
 
-def read_config(file: Path | None, overrides: Sequence[str], *, defaults: Mapping[str, Any] | None = None) -> RunConfig:
-    """A config from a YAML file (or none) and ``key=value`` overrides.
+def read_config(
+    file: Path | None, overrides: Sequence[str], *, defaults: Mapping[str, Any] | None = None, **given: Any
+) -> RunConfig:
+    """A config from a YAML file (or none), ``key=value`` overrides, and values given besides unless None.
 
     Args:
         file: the YAML file.
         overrides: ``key=value``, later ones win.
-        defaults: values of keys that neither gives.
+        defaults: values of keys that none of them gives.
+        given: values that go before all of them.
 
     Raises:
         ConfigError: the file cannot be read, or anything is wrong in either.
@@ -146,7 +158,8 @@ def read_config(file: Path | None, overrides: Sequence[str], *, defaults: Mappin
         values = loaded
     for override in overrides:
         _override(values, override)
-    return RunConfig.parse({**(defaults or {}), **values})
+    given = {key: value for key, value in given.items() if value is not None}
+    return RunConfig.parse({**(defaults or {}), **values, **given})
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -171,6 +184,17 @@ def _override(values: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is no YAML: {error}") from error
+
+
+def _of_adapter(folder: str) -> dict[str, Any]:
+    """What a config takes from the adapter it continues from.
+
+    Raises:
+        AdapterFileError: there is none.
+    """
+    from veneer.adapters.files import base_name, read_method
+
+    return {"base": base_name(folder), "method": read_method(folder)}
 
 
 def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:

@@ -142,7 +142,8 @@ def _run(
         raise ConfigError(f"{adapter.base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
     train_set = task.prepare(rows, adapter.base.tokenizer)
     with tempfile.TemporaryDirectory(prefix="veneer-") as folder:
-        options: dict[str, Any] = settings.arguments(Path(folder), learning_rate=1.0, validate=False) | {
+        known = settings.arguments(Path(folder), rows=len(train_set.examples), learning_rate=1.0, validate=False)
+        options: dict[str, Any] = known | {
             "max_steps": len(rates),
             "logging_steps": 1,
             "save_strategy": "no",

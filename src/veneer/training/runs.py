@@ -1,66 +1,37 @@
-"""Training an adapter from Python (`train`), and a whole run from a config (`run`)."""
+"""Training an adapter from Python (`train`), and whole runs from a config (`run`) or from a record (`reproduce`)."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
-import yaml
 from pydantic import ValidationError
 
 from veneer.adapters import Adapter, Base
-from veneer.data import Part, read, split_off
+from veneer.adapters.files import adapter_folder, read_record, weights_hash
+from veneer.data import Part
 from veneer.data.report import MAX_TRUNCATED
-from veneer.errors import ConfigError, OutputError
-from veneer.storage import write_json, write_text
-from veneer.tasks import Checked, Task, choose_task, load_base, task_class, task_from_config
+from veneer.errors import AdapterFileError, ConfigError, Interrupted, TrainingError
+from veneer.tasks import Task, adapter_task, choose_task, load_base, task_class, task_from_config
+from veneer.training import facts, folder
+from veneer.training.checkpoints import checkpoints
 from veneer.training.config import DataSettings, RunConfig, explain
-from veneer.training.preflight import Pace, preflight
-from veneer.training.progress import Progress, Samples, console, duration, peak_memory, program, size
+from veneer.training.earlier import Earlier, lessons
+from veneer.training.fit import Result, fit
+from veneer.training.preflight import preflight
+from veneer.training.progress import console, program
+from veneer.training.rows import parts_of
 from veneer.training.settings import TrainSettings
-from veneer.training.trainer import Trainer, checkpoints
+from veneer.training.summary import header, summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ADAPTER, CONFIG, LOG, REPORT = "adapter", "config.yaml", "log.jsonl", "report.json"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a training run came to.
-
-    Attributes:
-        steps: optimiser steps done in all.
-        seconds: it took, validations included; and what was logged of it before an interruption.
-        tokens: seen in training, padding not counted; likewise.
-        trainable: numbers trained.
-        trainable_share: the same as a share of the base's parameters.
-        adapter_bytes: of the adapter's parameters.
-        base_bytes: of the base's parameters.
-        peak_memory: bytes the process held at most.
-        before: validation of the untrained adapter, or None without validation data.
-        after: validation of the final weights, likewise.
-        best_step: the step the final weights are from.
-    """
-
-    steps: int
-    seconds: float
-    tokens: int
-    trainable: int
-    trainable_share: float
-    adapter_bytes: int
-    base_bytes: int
-    peak_memory: int
-    before: dict[str, float] | None
-    after: dict[str, float] | None
-    best_step: int
+__all__ = ["Reproduction", "Result", "reproduce", "run", "train"]
 
 
 def train(
@@ -87,57 +58,155 @@ def train(
     Raises:
         DataError: the data cannot be read, has errors, or doesn't suit the task.
         ConfigError: a setting is wrong.
+        TrainingError: the loss is no number any more, or has run away.
+        OutputError: another run is at work in ``output``, or it cannot be written.
+        Interrupted: a signal asked to stop; the adapter has the weights so far.
     """
     options = _settings(settings)
-    parts = _parts(DataSettings.model_construct(train=data, validation=validation), options.seed)
+    parts = parts_of(DataSettings.model_construct(train=data, validation=validation), options.seed)
     chosen = _task(adapter, task, parts[0].rows)
-    _header(adapter, chosen)
+    header(adapter, chosen)
     checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
-        folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
-        return _fit(adapter, chosen, checked, options, folder, resume=None)
+        where = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
+        stack.enter_context(folder.held(where))
+        result = fit(adapter, chosen, checked, options, where)
+    adapter.record = {
+        "settings": options.model_dump(mode="json"),
+        "data": {name: facts.of_rows(part.rows) for name, part in zip(("train", "validation"), parts, strict=False)},
+        "versions": facts.versions(),
+        "result": asdict(result),
+    }
+    return result
 
 
-def run(config: RunConfig) -> tuple[Adapter, Result]:
+def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> tuple[Adapter, Result]:
     """A whole run: load base and data, attach, train, save. A run that was cut off goes on where it was.
 
+    Args:
+        config: of the run.
+        as_recorded: an adapter's training record, if data and base are to be those it tells of.
+
     Raises:
-        OutputError: the output folder holds a finished run, or one with another config.
+        OutputError: the output folder holds a finished run, one with another config, or one that goes on.
+        DataError: the data cannot be read, or changed since the run was started.
+        TrainingError: the loss is no number any more, or has run away; says how to go on.
+        Interrupted: a signal asked to stop; likewise.
         VeneerError: base, data or method don't fit.
     """
-    resume = _open_output(config)
-    adapter, task, parts = set_up(config)
-    _header(adapter, task)
-    most = config.data.max_truncated
-    checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
-    write_text(config.output / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
-    result = _fit(adapter, task, checked, config.train, config.output, resume)
-    adapter.record = {"config": config.plain(), "data": {"rows": len(parts[0].rows)}, "result": asdict(result)}
-    adapter.save(config.output / ADAPTER)
-    write_json(config.output / REPORT, asdict(result))
-    for _, folder in checkpoints(config.output):
-        shutil.rmtree(folder, ignore_errors=True)  # of use only to go on with an unfinished run
-    _summary(adapter, task, result, config)
+    output = config.output
+    with folder.held(output):
+        resume = folder.to_resume(output, config.plain())
+        adapter, task, parts = set_up(config)
+        origin = adapter.record
+        started = {
+            "data": facts.of_data(config.data, parts),
+            "base": adapter.base.fingerprint,
+            "continued_from": weights_hash(config.continue_from) if config.continue_from else None,
+            "versions": facts.versions(),
+        }
+        if as_recorded is not None:
+            folder.check_same(as_recorded, started, "this adapter was trained", "train anew with `veneer train`")
+        if resume is not None:
+            folder.check_unchanged(output, started)
+        adapter.record = {"config": config.plain(), **started, "earlier": lessons(origin)}
+        header(adapter, task)
+        most = config.data.max_truncated
+        checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
+        earlier = Earlier(adapter, task, lessons(origin), config.train.batch_size)
+        try:
+            result = fit(
+                adapter,
+                task,
+                checked,
+                config.train,
+                output,
+                resume=resume,
+                begin=lambda: folder.start(output, config.plain(), started),
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error} {_how_to_go_on(config)}", error.rows) from error
+        except Interrupted as stop:
+            saved = checkpoints(output)[-1][1]
+            raise Interrupted(f"{stop} Saved in {saved}; the same command goes on from there.") from None
+        result = replace(result, earlier=earlier.report())
+        adapter.record["result"] = asdict(result)
+        folder.finish(output, adapter, asdict(result))
+    summary(adapter, result, output)
     return adapter, result
 
 
+@dataclass(frozen=True)
+class Reproduction:
+    """What running a record again came to.
+
+    Attributes:
+        same: whether the weights are the same, bit for bit.
+        recorded: hash of the weights recorded.
+        found: hash of those that came out now.
+        versions: what is not as it was then, or None.
+    """
+
+    same: bool
+    recorded: str
+    found: str
+    versions: str | None
+
+
+def reproduce(source: str | Path, output: str | Path) -> tuple[Adapter, Result, Reproduction]:
+    """Run again what made the adapter in ``source``, into a new folder ``output``.
+
+    Raises:
+        AdapterFileError: ``source`` is no adapter folder, or doesn't say how it was made.
+        DataError: the data changed since.
+        VeneerError: of `run`.
+    """
+    record = read_record(source)
+    training = record.get("training", {})
+    if "config" not in training:
+        raise AdapterFileError(
+            f"{adapter_folder(source)} does not say how it was trained; "
+            "only what `veneer train` made can be reproduced."
+        )
+    adapter, result = run(RunConfig.parse({**training["config"], "output": Path(output)}), as_recorded=training)
+    recorded, found = weights_hash(source), weights_hash(output)
+    versions = facts.changed_versions(training["versions"], facts.versions())
+    return adapter, result, Reproduction(recorded == found, recorded, found, versions)
+
+
 def set_up(config: RunConfig) -> tuple[Adapter, Task, list[Part]]:
-    """What a run begins with: a fresh adapter on its base, the task, training and validation rows.
+    """What a run begins with: an adapter on its base, the task, training and validation rows.
 
     Raises:
         VeneerError: base, data or method don't fit.
     """
-    parts = _parts(config.data, config.train.seed)
-    rows = parts[0].rows
+    parts = parts_of(config.data, config.train.seed)
+    adapter, task = _continued(config) if config.continue_from else _new(config, parts[0].rows)
+    return adapter, task, parts
+
+
+def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     name = config.task.get("name") or choose_task(rows).name
     base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
-    adapter = base.attach(
-        config.method, "adapter", modules=task.head(base, seed=config.train.seed), seed=config.train.seed
-    )
+    head = task.head(base, seed=config.train.seed)
+    adapter = base.attach(config.method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
+    return adapter, task
+
+
+def _continued(config: RunConfig) -> tuple[Adapter, Task]:
+    """The adapter to go on from, with its task, whose settings the config may change."""
+    source = str(config.continue_from)
+    name = config.task.get("name") or read_record(source).get("task", {}).get("name")
+    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
+    adapter = base.load(source, "adapter")
+    learned = adapter_task(adapter)
+    if config.task.get("name", learned.name) != learned.name:
+        raise ConfigError(f"task.name: {source} was trained for {learned.name}, and goes on with that.")
+    task = task_from_config({**learned.describe(), **config.task})
     adapter.task = task.describe()
-    return adapter, task, parts
+    return adapter, task
 
 
 def _task_for(name: str, rows: Dataset, base: Base, settings: Mapping[str, Any]) -> Task:
@@ -165,146 +234,17 @@ def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:
     return task
 
 
-def _parts(data: DataSettings, seed: int) -> list[Part]:
-    """The rows to train on, and those to validate on if there are to be any."""
-    rows = read(data.train, split=data.split, columns=data.columns, numbered=True)
-    held_out: Dataset | None = None
-    source, split = data.train, data.split
-    if isinstance(data.validation, float | int):
-        if data.validation:
-            rows, held_out = split_off(rows, float(data.validation), seed=seed)
-    else:
-        source, split = data.validation, data.validation_split
-        held_out = read(source, split=split, columns=data.columns, numbered=True)
-    parts = [Part("training", _limited(rows, data.limit, seed), data.train, data.split)]
-    if held_out is not None:
-        parts.append(Part("validation", _limited(held_out, data.validation_limit, seed), source, split))
-    return parts
-
-
-def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    if limit is None or limit >= len(rows):
-        return rows
-    return rows.shuffle(seed=seed).select(range(limit))
-
-
-def _open_output(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, if this very run was cut off."""
-    folder = config.output
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; `output` is to be a folder.")
-    if (folder / ADAPTER).exists():
-        raise OutputError(f"{folder} holds a finished run; choose another `output`, or delete it first.")
-    found = checkpoints(folder)
+def _how_to_go_on(config: RunConfig) -> str:
+    rate = (config.train.learning_rate or config.method.learning_rate) / 10
+    again, other = (
+        f"{program()} train {config.output / folder.CONFIG}",
+        f"train.learning_rate={rate:.0e} output=ANOTHER",
+    )
+    found = checkpoints(config.output)
     if not found:
-        if (folder / LOG).exists():
-            console.print(f"The run in {folder} was cut off before its first checkpoint; it starts anew.")
-            (folder / LOG).unlink()
-        return None
-    if yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) != config.plain():
-        raise OutputError(
-            f"{folder} holds an unfinished run with another config; choose another `output`, or delete it first."
-        )
-    console.print(f"Going on from step {found[-1][0]} of the run in {folder}.")
-    return found[-1][1]
-
-
-def _fit(
-    adapter: Adapter,
-    task: Task,
-    checked: Checked,
-    settings: TrainSettings,
-    output: Path,
-    resume: Path | None,
-) -> Result:
-    base = adapter.base
-    train_set, validation = checked.prepared["training"], checked.prepared.get("validation")
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        arguments = transformers.TrainingArguments(
-            **settings.arguments(
-                output,
-                learning_rate=settings.learning_rate or adapter.method.learning_rate,
-                validate=validation is not None,
-            ),
-            eval_on_start=validation is not None and resume is None,
-            use_cache=bool(getattr(base.model.config, "use_cache", False)),
-            use_cpu=base.device.type == "cpu",
-        )
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
-    progress = Progress(output / LOG, lambda: trainer.tokens_seen, _step(resume))
-    callbacks: list[Any] = [progress, Pace(base.device, console)]
-    if validation is not None and settings.samples:
-        held_out = checked.parts["validation"].rows
-        callbacks.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
-    if settings.patience and validation is not None:
-        callbacks.append(transformers.EarlyStoppingCallback(settings.patience))
-    try:
-        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks)
-    except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
-        raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
-    if settings.checkpointing:
-        base.enable_checkpointing()
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        best = (trainer.state.best_global_step if arguments.load_best_model_at_end else 0) or trainer.state.global_step
-        validations = [entry for entry in progress.history if "eval_loss" in entry]
-        return Result(
-            steps=trainer.state.global_step,
-            seconds=progress.seconds,
-            tokens=progress.tokens,
-            trainable=adapter.trainable,
-            trainable_share=adapter.trainable_share,
-            adapter_bytes=adapter.nbytes,
-            base_bytes=base.nbytes,
-            peak_memory=peak_memory(),
-            before=_at(validations, 0),
-            after=_at(validations, best),
-            best_step=best,
-        )
-    finally:
-        adapter.eval()
-        if settings.checkpointing:
-            base.disable_checkpointing()
-
-
-def _step(checkpoint: Path | None) -> int | None:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
-
-
-def _at(validations: list[dict[str, Any]], step: int) -> dict[str, float] | None:
-    for entry in reversed(validations):
-        if entry["step"] == step:
-            return {
-                name[5:]: value for name, value in entry.items() if name.startswith("eval_") and name != "eval_runtime"
-            }
-    return None
-
-
-def _header(adapter: Adapter, task: Task) -> None:
-    base = adapter.base
-    console.print(
-        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}"
-        f"  ·  [bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
+        return f"Nothing had been saved yet. To start again with other settings: {again} {other}"
+    step, last = found[-1]
+    return (
+        f"The last good checkpoint, of step {step}, is kept. To go on from it with other settings: "
+        f"{again} --continue {last} {other}"
     )
-
-
-def _summary(adapter: Adapter, task: Task, result: Result, config: RunConfig) -> None:
-    lines = [
-        f"trained    {result.steps} steps, {result.tokens:,} tokens in {duration(result.seconds)}, "
-        f"at most {size(result.peak_memory)} of memory"
-    ]
-    if result.before and result.after:
-        changes = [f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.after.items()]
-        lines.append(f"learned    {', '.join(changes)}  (validation, at step {result.best_step})")
-        if result.after["loss"] >= result.before["loss"]:
-            lines.append("warning    the validation loss did not fall: try another train.learning_rate, or more rows")
-    lines.append(
-        f"size       {result.trainable:,} numbers trained ({result.trainable_share:.2%} of the base); "
-        f"adapter {size(result.adapter_bytes)}, base {size(result.base_bytes)}"
-    )
-    folder = config.output / ADAPTER
-    lines.append(f"saved      {folder}")
-    lines.append(f"next       {program()} eval {config.output} DATA  ·  {program()} predict {config.output} FILE")
-    console.print("\n".join(lines))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt"]
+
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(rf"([0-9]+(?:[.][0-9]+)?) ?({'|'.join(_UNITS)})")
+
+
+def _every(value: int | str) -> int | str:
+    if (value < 1) if isinstance(value, int) else not _TIME.fullmatch(value):
+        raise ValueError("should be a number of steps (200) or a time (30 s, 10 min, 1 h)")
+    return value
 
 
 class TrainSettings(BaseModel):
@@ -41,8 +53,11 @@ class TrainSettings(BaseModel):
     """Put rows of like length into a batch: less padding."""
     evaluate_every: int | None = Field(None, ge=1)
     """Validate, and save a checkpoint, every so many steps; by default after each epoch."""
+    checkpoint_every: Annotated[int | str, AfterValidator(_every)] = "10 min"
+    """Save a checkpoint between validations, too: every so many steps (200), or by time (30 s, 10 min, 1 h), which
+    waits until writing them takes less than a hundredth of the run."""
     patience: int | None = Field(None, ge=1)
-    """Stop when the validation loss has not improved this many validations in a row."""
+    """Stop early: when the validation loss has not improved this many validations in a row."""
     keep_best: bool = True
     """End with the weights of the lowest validation loss, not the last ones."""
     log_every: int = Field(10, ge=1)
@@ -54,9 +69,26 @@ class TrainSettings(BaseModel):
     seed: int = 0
     """Of the order of rows, dropout and initial values."""
 
-    def arguments(self, output: Path, *, learning_rate: float, validate: bool) -> dict[str, Any]:
-        """The same as keyword arguments of `transformers.TrainingArguments`."""
-        when = {"strategy": "steps", "steps": self.evaluate_every} if self.evaluate_every else {"strategy": "epoch"}
+    @property
+    def checkpoint_interval(self) -> int | float:
+        """`checkpoint_every`, as steps (an int) or seconds (a float)."""
+        if isinstance(self.checkpoint_every, int):
+            return self.checkpoint_every
+        number, unit = _TIME.fullmatch(self.checkpoint_every).groups()  # type: ignore[union-attr]
+        return float(number) * _UNITS[unit]
+
+    def arguments(self, output: Path, *, rows: int, learning_rate: float, validate: bool) -> dict[str, Any]:
+        """The same as keyword arguments of `transformers.TrainingArguments`.
+
+        Args:
+            output: folder of the run.
+            rows: training examples.
+            learning_rate: the peak.
+            validate: whether there is something to validate on.
+        """
+        # An epoch's end as a number of steps: transformers' own "epoch" also fires when a run stops within one.
+        passes = math.ceil(rows / (self.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+        steps = self.evaluate_every or math.ceil(passes / self.accumulation)
         schedule: dict[str, Any] = {"num_cycles": 0.5} if self.schedule == "cosine" else {}
         if self.schedule == "cosine_with_min_lr":
             schedule = {"min_lr_rate": 0.1}
@@ -81,10 +113,10 @@ class TrainSettings(BaseModel):
             "report_to": list(self.trackers) or "none",
             "seed": self.seed,
             "data_seed": self.seed,
-            "eval_strategy": when["strategy"] if validate else "no",
-            "eval_steps": when.get("steps"),
-            "save_strategy": when["strategy"],
-            "save_steps": when.get("steps") or 500,
+            "eval_strategy": "steps" if validate else "no",
+            "eval_steps": steps,
+            "save_strategy": "steps",
+            "save_steps": steps,
             "load_best_model_at_end": validate and self.keep_best,
             "metric_for_best_model": "eval_loss" if validate else None,
             "greater_is_better": False if validate else None,

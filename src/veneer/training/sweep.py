@@ -26,7 +26,8 @@ from veneer.errors import ConfigError, OutputError, did_you_mean
 from veneer.storage import write_text
 from veneer.tasks import TASKS
 from veneer.training.config import RunConfig, read_config
-from veneer.training.runs import ADAPTER, REPORT, run
+from veneer.training.folder import ADAPTER, REPORT
+from veneer.training.runs import run
 
 STUDY, SEARCH, BEST = "study.db", "sweep.yaml", "best.yaml"
 LOWER_IS_BETTER = ("loss", "perplexity")

@@ -7,7 +7,7 @@ counts only once it is complete.
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,16 +17,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from veneer.adapters import Adapter
 from veneer.adapters.files import WEIGHTS
 from veneer.data.batching import EpochSampler
 from veneer.errors import TrainingError
-from veneer.storage import write_text
 from veneer.tasks import Prepared, Task
+from veneer.training.checkpoints import discard_all_but, whole
+from veneer.training.guards import not_finite
 
-COMPLETE = "complete"
-"""Marker file: all of a checkpoint has been written and synced."""
+ROWS = "row"
+"""Beside a batch's tensors: the index of each example's row."""
 
 
 class Trainer(transformers.Trainer):
@@ -54,16 +56,24 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.task = task
         self.tokens_seen = 0
-        tokenizer = adapter.base.tokenizer
+        self._rows_of_step: list[int] = []
+        self.save_seconds = 0.0  # that the last checkpoint took
         super().__init__(
             model=adapter,
             args=arguments,
-            data_collator=lambda examples: task.collate(examples, tokenizer),
+            data_collator=self._collate,
             train_dataset=train.examples,
             eval_dataset=validation.examples if validation else None,
             callbacks=list(callbacks),
         )
         self.remove_callback(transformers.PrinterCallback)
+
+    def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of the task's, and the rows it is made of."""
+        return {
+            **self.task.collate(examples, self.model.base.tokenizer),
+            ROWS: torch.tensor([example["row"] for example in examples]),
+        }
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -72,8 +82,15 @@ class Trainer(transformers.Trainer):
         lengths = rows["length"][:] if by_length else None
         return EpochSampler(len(rows), self.args.data_seed or 0, lengths, group)
 
+    def _run_epoch(self, **loop: Any) -> None:
+        """As transformers'; but nothing, where a run was cut off after its last step."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(**loop)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Items of one optimiser step over all its micro-batches (and processes)."""
+        self._rows_of_step = [row for batch in batch_samples for row in batch[ROWS].tolist()]
         items = sum(self.task.items(batch) for batch in batch_samples)
         if self.args.world_size > 1:
             return self.accelerator.gather(torch.tensor(items, device=device)).sum()
@@ -86,26 +103,47 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's mean loss."""
-        self.tokens_seen += int(inputs["attention_mask"].sum())
-        outcome = self.task.outcome(model, inputs)
+        """This micro-batch's share of the step's mean loss.
+
+        Raises:
+            TrainingError: it is no finite number; says at which step, on which rows, and the likely cause.
+        """
+        batch, rows = _split(inputs)
+        self.tokens_seen += int(batch["attention_mask"].sum())
+        outcome = self.task.outcome(model, batch)
         if not torch.isfinite(outcome.loss):
-            rate = self._get_learning_rate()
-            raise TrainingError(
-                f"The loss is {float(outcome.loss.detach())} at step {self.state.global_step + 1}, at a learning "
-                f"rate of {rate:.1e}. Try a tenth of train.learning_rate. Nothing was saved from this step on."
-            )
+            raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP averages gradients over processes; the divisor is global
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As transformers'; but an update by a gradient that is no number is never made."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            raise self._not_finite(f"gradient's norm is {float(norm)}", None, self._rows_of_step)
+        return norm
+
+    def _not_finite(self, what: str, batch: Mapping[str, Tensor] | None, rows: Sequence[int]) -> TrainingError:
+        rate = self._get_learning_rate()
+        return not_finite(what, self.state.global_step + 1, rate, self.model, self.task, batch, rows)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all items of the validation data, and the task's metrics."""
+        """Mean loss over all items of the validation data, and the task's metrics.
+
+        Raises:
+            TrainingError: the loss is no finite number.
+        """
         started = time.perf_counter()
         loss, accuracy = self._mean(self.get_eval_dataloader(eval_dataset))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The validation loss is {loss} at step {self.state.global_step}. Likely cause: weights that have "
+                "grown too large, so the learning rate is too high."
+            )
         metrics = {
             "loss": loss,
             **self.task.metrics(loss, accuracy),
@@ -121,7 +159,7 @@ class Trainer(transformers.Trainer):
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
-                outcome = self.task.outcome(self.model, self._prepare_inputs(batch))
+                outcome = self.task.outcome(self.model, _split(self._prepare_inputs(batch))[0])
                 sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device)).view(-1, 3).sum(0).cpu()
@@ -129,21 +167,28 @@ class Trainer(transformers.Trainer):
         return loss / items, correct / items
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        shutil.rmtree(folder, ignore_errors=True)  # left over from a run that was killed while writing it
-        self.model.save(folder)
+        self.model.save(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        write_text(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE, "")
-        self._rotate()
-
-    def _rotate(self) -> None:
-        """Keep the newest checkpoint and the best one."""
-        keep = {self.state.global_step, self.state.best_global_step}
-        for step, folder in checkpoints(Path(self.args.output_dir)):
-            if step not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
+        """As transformers', but complete or absent; then delete all but this and the best one."""
+        started = time.perf_counter()
+        state, output = self.state, Path(self.args.output_dir)
+        target = output / f"checkpoint-{state.global_step}"
+        if state.best_global_step:
+            state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
+        self.store_flos()
+        together = self.accelerator.wait_for_everyone
+        with whole(target, writes=self.args.should_save, together=together) as folder:
+            if self.args.should_save:
+                self._save(str(folder))
+                state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            together()
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        if self.args.should_save:
+            discard_all_but(output, {state.global_step, state.best_global_step})
+        self.save_seconds = time.perf_counter() - started
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS))
@@ -153,9 +198,6 @@ class Trainer(transformers.Trainer):
         self.model.load_state_dict(load_file(best / WEIGHTS))
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints in a folder, oldest first, with their steps."""
-    found = [
-        (int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE}")
-    ]
-    return sorted(found)
+def _split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """A batch as the task made it, and its rows."""
+    return {name: value for name, value in inputs.items() if name != ROWS}, inputs[ROWS].tolist()
