@@ -121,7 +121,9 @@ def test_a_classifier_does_not_talk(minilm: veneer.Base, folder: Path, talk: Tal
     from veneer.tasks.sequence_classification import SequenceClassification
 
     task = SequenceClassification(labels=("a", "b"))
-    minilm.attach(veneer.LoRA(rank=2), "c", modules=task.head(minilm, seed=0), task=task.describe()).save(folder / "c")
+    adapter = minilm.attach(veneer.LoRA(rank=2), "c", modules=task.head(minilm, seed=0), task=task.describe())
+    perturb(adapter)
+    adapter.save(folder / "c")
     code, _, err = talk("Hello?\n", folder / "c")
     assert code == 2
     assert "generates no text" in err

@@ -86,6 +86,7 @@ def harms_the_base(adapter: Adapter) -> torch.nn.Module:
 MERGED = Adapter.merged
 
 
+@pytest.mark.filterwarnings("ignore::veneer.errors.VeneerWarning")  # that an adapter so loaded changes nothing
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "failing"),
     [
