@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def attach_times(rounds: int = 15) -> tuple[float, float]:
-    """Milliseconds to attach one more LoRA on all linear maps, beside one and beside a hundred; in alternating pairs."""
+    """Milliseconds to attach one more LoRA on all linear maps, beside one and beside a hundred, in turn."""
     bases = [veneer.load_base("smollm2-135m-instruct") for _ in range(2)]
     for base, others in zip(bases, (1, 100), strict=True):
         for number in range(others):

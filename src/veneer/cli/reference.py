@@ -31,6 +31,8 @@ def commands() -> str:
     """The page of all commands."""
     listed = "\n".join(f"- [`veneer {name}`](#{name}): {summary}" for name, summary in COMMANDS.items())
     parts = [build(name)[name].generate_docs(usage_name=f"veneer {name}", heading_level=2).strip() for name in COMMANDS]
+    # Of a command with commands below it cyclopts lists these twice, and tells how this very module is called.
+    parts = [re.sub(r"## Table of Contents\n\n(- .*\n)+\n|(?<= )-m \S+ ", "", part) for part in parts]
     return f"{_HEAD}{listed}\n\n" + "\n\n".join(parts) + "\n"
 
 
