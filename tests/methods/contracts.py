@@ -26,6 +26,7 @@ class Contract:
 
 
 CONTRACTS = {
+    "adalora": Contract({"rank": 4, "target_rank": 2, "alpha": 7}),
     "bitfit": Contract(),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer
 from helpers import command, sums, write_jsonl
@@ -127,6 +128,26 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_does(
     assert command(*arguments("cut")) == 0
     assert "Going on from step 6" in capsys.readouterr().err
     assert outcome_of("cut") == whole
+
+
+def test_what_a_method_does_in_the_course_of_a_run_goes_on_too(
+    arguments: Callable[..., list[str]], at_step: Callable[..., None]
+) -> None:
+    """AdaLoRA gathers sensitivities and cuts ranks by them: a resumed run cuts the same ones."""
+    course = {"method": "{name: adalora, rank: 4, target_rank: 2, every: 2}"}
+
+    def line(output: str) -> list[str]:
+        return [part for part in arguments(output, **course) if not part.startswith("method.")]
+
+    assert command(*line("whole")) == 0
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert command(*line("cut")) == 130
+    assert Path("cut/checkpoint-6/course.safetensors").exists()
+    assert command(*line("cut")) == 0
+    assert outcome_of("cut") == outcome_of("whole")
+    values = load_file("cut/adapter/adapter_model.safetensors")
+    scales = torch.cat([value for name, value in values.items() if name.endswith("lora_E")])
+    assert int(scales.count_nonzero()) == len(scales) // 2
 
 
 def test_a_second_signal_stops_at_once(

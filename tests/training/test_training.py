@@ -186,3 +186,13 @@ def test_wrong_settings_are_told_together(tiny_folder: Path) -> None:
         veneer.train(tiny(tiny_folder), sums(4), epochs=0, learning_rte=1)
     with pytest.raises(ConfigError, match="has no tokenizer"):
         veneer.train(veneer.Base(tiny_llama()).attach(veneer.LoRA()), sums(4), validation=0)
+
+
+def test_b_learns_at_its_own_rate(tiny_folder: Path) -> None:
+    """LoRA+: after one step of Adam from zero, each number has moved by its learning rate."""
+    adapter = veneer.load_base(tiny_folder, dtype="float32").attach(veneer.LoRA(rank=2, b_rate=8), "a")
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    veneer.train(adapter, sums(8), validation=0, epochs=1, batch_size=8, learning_rate=1e-3, warmup=0)
+    moved = {name: float((value - before[name]).abs().max()) for name, value in adapter.state_dict().items()}
+    assert max(value for name, value in moved.items() if "lora_B" in name) == pytest.approx(8e-3, rel=0.05)
+    assert max(value for name, value in moved.items() if "lora_A" in name) <= 1.05e-3

@@ -43,6 +43,27 @@ class Lowering(BaseWeights):
     training: bool
 
 
+class Course:
+    """What a method does in the course of training besides taking gradients; each part does nothing by default.
+
+    Steps count optimiser steps from 1.
+    """
+
+    def penalty(self) -> Tensor | None:
+        """What to add to the mean loss of a step."""
+        return None
+
+    def before_step(self, step: int) -> None:
+        """Called when the gradients of a step are complete."""
+
+    def after_step(self, step: int) -> None:
+        """Called when the optimiser has moved the parameters."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors a resumed run needs, by name; they are written in place when it is resumed."""
+        return {}
+
+
 def widened(value: Tensor) -> Tensor:
     """In float32, or wider if it is: what is trained is kept in."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
@@ -119,6 +140,14 @@ class Method(BaseModel):
             hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else " It has none.")
             found.append(f"method.{key}: unknown setting of {cls.name}.{hint}")
         return found
+
+    def rates(self) -> Mapping[str, float]:
+        """How many times the learning rate parameters take, by the ends of their names; 1 for all others."""
+        return {}
+
+    def course(self, parameters: Mapping[str, Mapping[str, Tensor]], steps: int) -> Course | None:
+        """What it does in the course of a training of so many steps, given its parameters by site; None for nothing."""
+        return None
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""

@@ -83,6 +83,8 @@ class LoRA(Targeted):
     """What the factors start from; all but kaiming are for linear maps."""
     freeze_a: bool = False
     """Train B only (LoRA-FA): half the optimiser's memory, and fewer activations kept."""
+    b_rate: float = Field(1.0, gt=0)
+    """B's learning rate over A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354: about 16)."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Other ranks for some of the targets, by the words that pick them: {down: 64, "/layers.0./": 4}; the first that
     picks a map counts."""
@@ -137,6 +139,10 @@ class LoRA(Targeted):
                 f"init: orthogonal needs an even rank, and {uneven[0].path} has {self.rank_at(uneven[0])}."
             )
         return found
+
+    def rates(self) -> Mapping[str, float]:
+        """B's."""
+        return {"lora_B.weight": self.b_rate} if self.b_rate != 1 else {}
 
     def fixed(self) -> Collection[str]:
         """What the factors started from, where they don't cancel; and A, if it is frozen."""
@@ -198,7 +204,7 @@ class LoRA(Targeted):
             }
         if self.init in SHIFTING:
             fields["peft_type"] = "VENEER_LORA"  # peft keeps no start beside the factors
-        ours_alone = ("init", "freeze_a")  # of how it is trained, not of what it does
+        ours_alone = ("init", "freeze_a", "b_rate")  # of how it is trained, not of what it does
         fields = {key: value for key, value in fields.items() if key not in ours_alone}
         return fields | {"bias": "none", "init_lora_weights": True}
 

@@ -14,6 +14,7 @@ from veneer.data import Part
 from veneer.errors import ConfigError, Interrupted, OutputError, TrainingError, VeneerError
 from veneer.tasks import Checked, Task
 from veneer.training.checkpoints import Schedule, step_of
+from veneer.training.course import Conduct
 from veneer.training.folder import LOG
 from veneer.training.guards import Overfitting, Patience, RunningAway
 from veneer.training.interruption import Interruption
@@ -94,7 +95,7 @@ def fit(
     if validation is not None:
         callbacks += [overfitting, patience] if settings.patience else [overfitting]
     try:
-        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks)
+        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, Conduct(adapter, resume))
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     begin()

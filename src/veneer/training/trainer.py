@@ -25,6 +25,7 @@ from veneer.data.batching import EpochSampler
 from veneer.errors import TrainingError
 from veneer.tasks import Prepared, Task
 from veneer.training.checkpoints import discard_all_but, whole
+from veneer.training.course import Conduct
 from veneer.training.guards import not_finite
 
 ROWS = "row"
@@ -41,6 +42,7 @@ class Trainer(transformers.Trainer):
         validation: examples to validate on, or None.
         arguments: transformers' own.
         callbacks: transformers' own.
+        conduct: of the method's own course.
     """
 
     loss_is_scaled_for_ga = True
@@ -53,6 +55,7 @@ class Trainer(transformers.Trainer):
         validation: Prepared | None,
         arguments: transformers.TrainingArguments,
         callbacks: Sequence[transformers.TrainerCallback] = (),
+        conduct: Conduct | None = None,
     ) -> None:
         self.task = task
         self.tokens_seen = 0
@@ -67,6 +70,9 @@ class Trainer(transformers.Trainer):
             callbacks=list(callbacks),
         )
         self.remove_callback(transformers.PrinterCallback)
+        self._conduct = conduct
+        if conduct is not None:
+            self.add_callback(conduct)
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of the task's, and the rows it is made of."""
@@ -74,6 +80,25 @@ class Trainer(transformers.Trainer):
             **self.task.collate(examples, self.model.base.tokenizer),
             ROWS: torch.tensor([example["row"] for example in examples]),
         }
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; parameters whose method says so learn at a multiple of the rate, in groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = self.model.method.rates()
+        times = {
+            parameter: rate
+            for name, parameter in self.model.named_parameters()
+            for ending, rate in rates.items()
+            if name.endswith(ending)
+        }
+        for group in list(optimizer.param_groups) if times else []:
+            for rate in set(times.values()):
+                apart = [parameter for parameter in group["params"] if times.get(parameter) == rate]
+                if apart:
+                    group["params"] = [parameter for parameter in group["params"] if times.get(parameter) != rate]
+                    settings = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+                    optimizer.add_param_group({**settings, "params": apart, "lr": group["lr"] * rate})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -114,6 +139,8 @@ class Trainer(transformers.Trainer):
         if not torch.isfinite(outcome.loss):
             raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
+        if self.model.training and self._conduct is not None and (more := self._conduct.penalty()) is not None:
+            loss = loss + more * outcome.items / (num_items_in_batch or outcome.items)
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP averages gradients over processes; the divisor is global
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -181,6 +208,8 @@ class Trainer(transformers.Trainer):
         with whole(target, writes=self.args.should_save, together=together) as folder:
             if self.args.should_save:
                 self._save(str(folder))
+                if self._conduct is not None:
+                    self._conduct.save(folder)
                 state.save_to_json(str(folder / TRAINER_STATE_NAME))
             together()
             self._save_optimizer_and_scheduler(str(folder))
