@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.bases import Site, SiteMap
 from veneer.bases.weights import parameters_at
 from veneer.deltas import Delta
-from veneer.errors import ConfigError, did_you_mean
+from veneer.errors import AdapterError, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,21 @@ class Method(BaseModel):
     def course(self, parameters: Mapping[str, Mapping[str, Tensor]], steps: int) -> Course | None:
         """What it does in the course of a training of so many steps, given its parameters by site; None for nothing."""
         return None
+
+    @classmethod
+    def of_deltas(
+        cls, deltas: Mapping[Site, tuple[Delta, Mapping[str, Tensor]]], rank: int | None
+    ) -> tuple[Self, Mapping[str, Mapping[str, Tensor]], Mapping[str, float]]:
+        """The method, its parameters by site, and the error at each, that do what these deltas do.
+
+        Args:
+            deltas: at sites whose own parameters stand beside them.
+            rank: to approximate to; None for what is exact only.
+
+        Raises:
+            AdapterError: they can't be written as this method.
+        """
+        raise AdapterError(f"Adapters can't be written as {cls.name}; lora is what most can be written as.")
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """Its fields for ``adapter_config.json``, in peft's spelling, when it acts at ``sites`` of ``site_map``."""

@@ -27,8 +27,9 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.bases.sites import EMBEDDING, EXPERTS
 from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
-from veneer.errors import AdapterFileError, TargetError, did_you_mean
+from veneer.errors import AdapterError, AdapterFileError, TargetError, did_you_mean
 from veneer.methods.base import BaseWeights, Lowering
+from veneer.methods.factors import Factors, factors_of
 from veneer.methods.starts import SHIFTING, STARTS
 from veneer.methods.targeted import Targeted
 
@@ -190,6 +191,28 @@ class LoRA(Targeted):
         else:
             delta = LowRank(a, b, scale, dropout)
         return Stack((delta, Bias(parameters["lora_B.bias"] * scale))) if self.bias else delta
+
+    @classmethod
+    def of_deltas(
+        cls, deltas: Mapping[Site, tuple[Delta, Mapping[str, Tensor]]], rank: int | None
+    ) -> tuple[Self, Mapping[str, Mapping[str, Tensor]], Mapping[str, float]]:
+        """Of a rank for each map; alpha equals it, so that the scale is one."""
+        found: dict[str, Factors] = {}
+        for site, (delta, parameters) in deltas.items():
+            if site.kind != "linear":
+                raise AdapterError(
+                    f"{site.path} is of kind {site.kind}; only changes of linear maps can be written so."
+                )
+            try:
+                found[site.path] = factors_of(delta, parameters, rank)
+            except AdapterError as error:
+                raise AdapterError(f"{site.path} can't be written as {cls.name}: {error}") from error
+        ranks = {path: len(factors.a) for path, factors in found.items()}
+        usual = max(ranks.values(), key=list(ranks.values()).count)
+        odd = {path: own for path, own in ranks.items() if own != usual}
+        method = cls(rank=usual, alpha=usual, targets=tuple(found), rank_pattern=odd, alpha_pattern=odd)
+        values = {path: {"lora_A.weight": each.a, "lora_B.weight": each.b} for path, each in found.items()}
+        return method, values, {path: each.error for path, each in found.items()}
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With the settings of peft's that are fixed here, and patterns in its regular expressions."""
