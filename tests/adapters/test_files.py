@@ -14,6 +14,7 @@ import veneer
 from helpers import perturb, tiny_bert, tiny_llama
 from veneer.adapters.card import CARD
 from veneer.adapters.files import CONFIG, RECORD, WEIGHTS
+from veneer.adapters.integrity import read_weights
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3
@@ -154,3 +155,15 @@ def test_there_is_no_moment_without_an_adapter(
     adapter.save(folder)
     assert torch.equal(logits(veneer.Base(tiny_bert(), name="tiny").load(folder)), logits(adapter))
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
+
+
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path: Path) -> None:
+    """640 is 0x280: its bytes are those that a pickle of protocol 2 begins with."""
+    for padding in range(0, 2000, 8):
+        save_file({"x": torch.ones(2)}, tmp_path / "weights.safetensors", metadata={"pad": "." * padding})
+        header = (tmp_path / "weights.safetensors").read_bytes()[:2]
+        if header == b"\x80\x02":
+            break
+    else:
+        pytest.fail("no header was 640 bytes long")
+    assert torch.equal(read_weights(tmp_path / "weights.safetensors", None)["x"], torch.ones(2))

@@ -88,7 +88,8 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(_PICKLES):
+        opens = file.read(1) == b"{"  # a header may be as long as a pickle's first bytes would say
+        if start.startswith(_PICKLES) and not opens:
             raise AdapterFileError(f"{path} is damaged or no safetensors file: it is a pickle, which is never read.")
         if size < 8:
             raise AdapterFileError(f"{path} is damaged or no safetensors file: it has {size} bytes. Get it again.")
@@ -98,6 +99,7 @@ def _check_header(path: Path) -> None:
                 f"{path} is damaged or no safetensors file: it claims a header of {length:,} bytes, "
                 f"and {MOST_HEADER:,} are the most there may be. Get it again."
             )
+        file.seek(len(start))
         header = file.read(length)
     try:
         tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}

@@ -16,7 +16,7 @@ PARTS = ("train", "validation", "test")
 
 data_ = App(
     name="data",
-    help="Check data before it is learned from, or part it into training, validation and test.",
+    help="Check a data file before it is learned from, or part it into train, validation, test.",
     help_epilogue="""Examples:
 
     veneer data check answers.jsonl --base smollm2-135m-instruct
