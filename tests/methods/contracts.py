@@ -41,6 +41,7 @@ CONTRACTS = {
     "pfeiffer": Contract({"reduction": 6}, merges=False),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
+    "ptuning2": Contract({"length": 2}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),
     "vera": Contract({"rank": 3}),
 }

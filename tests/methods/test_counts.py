@@ -68,3 +68,8 @@ def test_formulas() -> None:
     assert count(T.LlamaModel, LLAMA_7B, "shira", rank=4, targets=["q", "down"]) == lora
     assert count(T.LlamaModel, LLAMA_7B, "oft", block_size=32, targets=["q"]) == 32 * 4096 * 31 // 2
     assert count(T.LlamaModel, LLAMA_7B, "lokr", rank=8, targets=["q"]) == 32 * (64 * 64 + 2 * 64 * 8)
+
+
+def test_other_names() -> None:
+    assert method_class("adapter-bert").name == "houlsby"
+    assert method_class("adapter-comet").name == "compacter"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from veneer.methods import Method
 
 
 def methods_(
@@ -36,13 +39,13 @@ def methods_(
     if name is None:
         known = methods()
         if json:
-            print_json([{"name": cls.name, "summary": cls.summary} for cls in known.values()])
+            print_json([_about(cls) for cls in known.values()])
         else:
             console.print(table(("method", "what it is"), [(cls.name, cls.summary) for cls in known.values()]))
         return
     cls = method_class(name)
     if json:
-        print_json({"name": cls.name, "summary": cls.summary, "settings": cls.model_json_schema()["properties"]})
+        print_json({**_about(cls), "settings": cls.model_json_schema()["properties"]})
         return
     console.print(inspect.getdoc(sys.modules[cls.__module__]) or cls.summary, markup=False)
     fields = [
@@ -52,3 +55,7 @@ def methods_(
     if fields:
         console.print()
         console.print(table(("setting", "default", "meaning"), fields))
+
+
+def _about(cls: type[Method]) -> dict[str, Any]:
+    return {"name": cls.name, "aliases": cls.aliases, "summary": cls.summary, "peft_type": cls.peft_type}

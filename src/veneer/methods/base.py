@@ -79,6 +79,8 @@ class Method(BaseModel):
 
     name: ClassVar[str]
     """What configs call it."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names configs may call it."""
     summary: ClassVar[str]
     """One line for `veneer methods`: what it is, when to use it."""
     learning_rate: ClassVar[float]

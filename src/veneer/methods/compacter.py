@@ -7,7 +7,8 @@ in Houlsby's places. The A_i are one set for the whole base, in both projections
 projection: ``n r (in/n + out/n) + out`` numbers, and n³ once.
 
 The paper starts near the identity; here t of the up-projection starts at zero, which is the identity to the bit. Use
-it where bottlenecks are wanted at a hundredth of their size. With `places: mlp` it is Compacter++.
+it where bottlenecks are wanted at a hundredth of their size. With `places: mlp` it is Compacter++. (No paper describes
+an "Adapter-Comet"; asked for by that name, this is what was most likely meant.)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Compacter(Houlsby):
     """Bottlenecks made of Kronecker products with shared factors."""
 
     name: ClassVar[str] = "compacter"
+    aliases: ClassVar[tuple[str, ...]] = ("adapter-comet",)
     summary: ClassVar[str] = "bottleneck adapters of Kronecker products; a hundredth of Houlsby's size"
     learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "VENEER_COMPACTER"

@@ -36,6 +36,7 @@ class Houlsby(Method):
     """A bottleneck after each residual branch."""
 
     name: ClassVar[str] = "houlsby"
+    aliases: ClassVar[tuple[str, ...]] = ("adapter-bert",)
     summary: ClassVar[str] = "bottleneck adapters after attention and feed-forward"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_HOULSBY"

@@ -25,6 +25,7 @@ class Pfeiffer(Houlsby):
     """A bottleneck after each feed-forward branch."""
 
     name: ClassVar[str] = "pfeiffer"
+    aliases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "bottleneck adapters after feed-forward only; half of Houlsby's size"
     peft_type: ClassVar[str] = "VENEER_PFEIFFER"
 

@@ -31,6 +31,8 @@ def method_class(name: str) -> type[Method]:
     """
     known = methods()
     if name not in known:
+        if (found := next((cls for cls in known.values() if name in cls.aliases), None)) is not None:
+            return found
         raise UnknownName(
             f"No method called {name!r}.{did_you_mean(name, known)} `veneer methods` lists them: {', '.join(known)}."
         )
