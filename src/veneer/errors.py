@@ -67,11 +67,13 @@ class TrainingError(VeneerError, ArithmeticError):
 
     Attributes:
         rows: indices of the training examples' rows it happened on, as far as known.
+        diverged: whether the weights are spoilt, so that there is nothing to go on from.
     """
 
-    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+    def __init__(self, message: str, rows: Iterable[int] = (), *, diverged: bool = False) -> None:
         super().__init__(message)
         self.rows = tuple(rows)
+        self.diverged = diverged
 
 
 class OutputError(VeneerError, OSError):

@@ -59,8 +59,8 @@ def test_an_intact_adapter(copy: Path, tiny_folder: Path, capsys: pytest.Capture
     assert "README.md was edited, as it may be" in capsys.readouterr().out
     config = copy / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
-    assert command("adapters", "verify", copy, "--json") == 0
-    assert states(capsys.readouterr().out)["hashes"] == "warning"
+    assert command("adapters", "verify", copy, "--json") == 1
+    assert states(capsys.readouterr().out)["hashes"] == "error"
 
 
 def flip(path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_finished_or_foreign_run_is_not_overwritten(
     Path("out/checkpoint-1").mkdir()
     Path("out/checkpoint-1/complete").touch()
     assert run("train", *options(tiny_folder, "out", **more, **{"train.seed": 1})) == 2
-    assert "unfinished run with another config" in capsys.readouterr().err
+    assert "unfinished run with another config (train.seed was" in capsys.readouterr().err
     os.rename("elsewhere", "out/adapter")
     assert torch.equal(weights(Path("out")), before)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -148,3 +149,12 @@ def test_places_of_rows(folder: Path) -> None:
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text("x")
     assert [str(place) for place in places("texts", [0])] == ["texts/one.txt, row 1"]
+
+
+def test_other_content_of_the_same_age_is_read_anew(tmp_path: Path) -> None:
+    """As after `cp -p`, or on a file system with coarse times."""
+    path = tmp_path / "rows.jsonl"
+    for count in (3, 5):
+        write_jsonl(path, [{"text": f"number {number}"} for number in range(count)])
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert len(read(str(path))) == count

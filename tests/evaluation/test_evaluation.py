@@ -147,3 +147,9 @@ def test_files_are_left_as_they_are(minilm: veneer.Base, folder: Path) -> None:
     assert (line["body"], line["created"]) == ("x", "2024-01-01T10:00:00")
     with pytest.raises(OutputError, match="the file the rows come from"):
         predict_file(adapter, "in.csv", "in.csv")
+
+
+def test_rows_from_python_without_a_question(adapter: veneer.Adapter) -> None:
+    rows = [{"prompt": "What is 1 + 1?"}, {"promt": "x"}]
+    with pytest.raises(DataError, match=r"Row 2 has promt; task causal-lm asks from .*Did you mean 'prompt'"):
+        list(veneer.predict(adapter, rows, max_new_tokens=2))

@@ -460,8 +460,22 @@ def test_a_loss_that_runs_away_ends_the_run_unsaved(
         r"The loss has run away: it is [\d.]+ on average in the steps up to 10, after [\d.]+ at first", err
     )
     assert "learning rate that is too high" in err
-    assert "The last good checkpoint, of step 9, is kept." in err
+    assert "To start again with a lower one (lora's usual is 0.0005): veneer train out/config.yaml" in err
     assert [step for step, _ in checkpoints(Path("out"))] == [9]
+
+
+def test_a_learning_rate_far_too_high_is_told_as_that(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the default of a log every ten steps: by validation, before that is saved; no row is blamed."""
+    more = {"train__learning_rate": 1e3, "train__log_every": 10, "train__evaluate_every": 4}
+    assert command(*arguments("out", **more)) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"The (loss|validation loss|gradient's norm) (has run away|is (nan|inf))", err)
+    assert "learning rate" in err
+    assert "The rows of the batch" not in err
+    assert "train.learning_rate=5e-04 output=ANOTHER" in err
+    assert checkpoints(Path("out")) == []
 
 
 def test_overfitting_is_noticed(arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def _hashes(path: Path, expected: dict[str, str]) -> Check:
     if WEIGHTS in changed:
         return Check("hashes", "error", f"{WEIGHTS} is not what was written")
     if CONFIG in changed:
-        return Check("hashes", "warning", f"{CONFIG} was edited since; others than veneer go by it")
+        return Check("hashes", "error", f"{CONFIG} was edited since; others than veneer go by it")
     edited = f" ({CARD} was edited, as it may be)" if changed else ""
     return Check("hashes", "ok", f"as recorded{edited}")
 

@@ -76,8 +76,11 @@ def check(
     from veneer.cli.output import console, print_json
     from veneer.data import Part, read
     from veneer.data.report import MAX_TRUNCATED
+    from veneer.errors import ConfigError
     from veneer.tasks import check_data, choose_task, load_base, task_class
 
+    if base is None and (max_length is not None or max_truncated is not None):
+        raise ConfigError("--max-length and --max-truncated are about tokens; say with --base whose tokens to count.")
     names = mapping(columns)
     sources = {"training": (file, "train"), "validation": (validation, "validation"), "test": (test, "test")}
     parts = [

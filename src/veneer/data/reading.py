@@ -18,7 +18,7 @@ from veneer.data.formats import Format, detect, problems
 from veneer.data.records import SEPARATORS, Place, has_lines
 from veneer.data.records import rows as records_of
 from veneer.errors import DataError, FetchError, did_you_mean
-from veneer.storage import cache_dir
+from veneer.storage import cache_dir, sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -275,10 +275,10 @@ def _from_file(path: Path) -> Dataset:
     try:
         check_bytes(path, reader)
         options = _options(path, reader)
+        # datasets tells files apart by path and time of change, which a copy may share; their content is what counts.
+        cache = cache_dir() / "datasets" / sha256(path)[:16]
         with _silent():
-            return datasets.load_dataset(
-                reader, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
-            )
+            return datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=str(cache), **options)
     except DataError:
         raise
     except (

@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.adapters import Adapter
 from veneer.data.reading import read_raw
-from veneer.errors import DataError, OutputError
+from veneer.errors import DataError, OutputError, did_you_mean
 from veneer.evaluation.columns import mapping
 from veneer.storage import replacing
 from veneer.tasks import Task, adapter_task
@@ -29,10 +29,22 @@ def predict(
         rows: with ``prompt``, ``messages`` or ``text``.
         task: by default the one the adapter was trained for.
         options: ``batch_size``; for text also those of transformers' ``generate``.
+
+    Raises:
+        DataError: a row has none of the columns the task asks from.
     """
     task = task or adapter_task(adapter)
     adapter.eval()
+    done = 0
     for chunk in _chunks(rows):
+        for number, row in enumerate(chunk, done + 1):
+            if all(row.get(column) is None for column in task.asks_from):
+                near = "".join(did_you_mean(column, task.asks_from) for column in row)
+                raise DataError(
+                    f"Row {number} has {', '.join(row) or 'nothing'}; task {task.name} asks from "
+                    f"{' or '.join(task.asks_from)}.{near}"
+                )
+        done += len(chunk)
         yield from task.predict(adapter, adapter.base, chunk, **options)
 
 

@@ -208,7 +208,8 @@ class Task(BaseModel):
         format = detect(rows.column_names)
         if format not in cls.formats:
             wanted = "; or ".join(", ".join(f.columns) for f in cls.formats)
-            raise DataError(f"Task {cls.name} takes rows with {wanted}, but these have {', '.join(rows.column_names)}.")
+            there = ", ".join(name for name in rows.column_names if not name.startswith("__"))
+            raise DataError(f"Task {cls.name} takes rows with {wanted}, but these have {there}.")
 
     def describe(self) -> dict[str, Any]:
         """Itself as a plain mapping, for an adapter's files."""

@@ -75,9 +75,10 @@ def to_resume(folder: Path, config: Mapping[str, Any]) -> Path | None:
             (folder / LOG).unlink()
         discard_all_but(folder, set())
         return None
-    if yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) != config:
+    if other := _differences(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config):
         raise OutputError(
-            f"{folder} holds an unfinished run with another config; choose another `output`, or delete it first."
+            f"{folder} holds an unfinished run with another config ({'; '.join(other[:5])}); choose another `output`, "
+            "or delete it first."
         )
     while found and not intact(found[-1][1]):
         console.print(f"[yellow]warning:[/yellow] {found[-1][1]} is damaged and left out.")
@@ -86,6 +87,18 @@ def to_resume(folder: Path, config: Mapping[str, Any]) -> Path | None:
         raise OutputError(f"No checkpoint in {folder} is intact any more; delete the folder to start anew.")
     console.print(f"Going on from step {found[-1][0]} of the run in {folder}.")
     return found[-1][1]
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Which keys of a config differ, and how."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = dict.fromkeys([*before, *now])
+        return [
+            told
+            for name in names
+            for told in _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        ]
+    return [] if before == now else [f"{key} was {before}, is {now}"]
 
 
 def start(folder: Path, config: Mapping[str, Any], started: Mapping[str, Any]) -> None:

@@ -18,7 +18,10 @@ from veneer.tasks import Task
 from veneer.training.progress import console
 
 RUNAWAY, MARGIN = 3.0, 1.0
-"""A loss has run away when it is above RUNAWAY times the highest of the first two logged, plus MARGIN."""
+"""A loss has run away when it is above RUNAWAY times that of the first validation, or the highest of the first two
+logged, plus MARGIN."""
+GROWN = 100.0
+"""A number of an adapter that has become as large as this comes of a learning rate, not of a row."""
 SIGNS = 2
 """Validations in a row with a higher loss than the best, while the training loss fell, that mean overfitting."""
 
@@ -100,13 +103,28 @@ class RunningAway(transformers.TrainerCallback):
             TrainingError: it has run away.
         """
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if "loss" not in (logs or {}) or len(losses) < 3:
-            return
-        usual = max(losses[:2])
-        if losses[-1] > RUNAWAY * usual + MARGIN:
+        first = [loss for step, loss in _validations(state.log_history) if step == 0]
+        if "loss" in (logs or {}) and len(losses) + len(first) >= 3 - bool(first):
+            what = f"on average in the steps up to {state.global_step}"
+            self._check(losses[-1], max(first or losses[:2]), what, args.learning_rate)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare with the validation before the first step.
+
+        Raises:
+            TrainingError: it has run away.
+        """
+        (_, first), *later = _validations(state.log_history)
+        if later:
+            self._check(later[-1][1], first, f"in validation at step {state.global_step}", args.learning_rate)
+
+    @staticmethod
+    def _check(loss: float, usual: float, what: str, rate: float) -> None:
+        if loss > RUNAWAY * usual + MARGIN:
             raise TrainingError(
-                f"The loss has run away: it is {losses[-1]:.4g} on average in the steps up to {state.global_step}, "
-                f"after {usual:.4g} at first. Likely cause: a learning rate that is too high."
+                f"The loss has run away: it is {loss:.4g} {what}, after {usual:.4g} at first. Likely cause: a learning "
+                f"rate that is too high (it is {rate:.1e}).",
+                diverged=True,
             )
 
 
@@ -132,25 +150,34 @@ def not_finite(
     """
     if not all(bool(parameter.isfinite().all()) for parameter in adapter.parameters()):
         alone: Sequence[int] = []
+        diverged = True
         cause = "the last update made the weights overflow, so the learning rate is too high"
     else:
         alone = _alone(adapter, task, batch, rows) if batch is not None else []
-        if 0 < len(alone) < len(rows):
+        # A row is to blame if the base can't bear it either.
+        diverged = not alone or bool(batch is not None and not _alone(adapter, task, batch, rows, plain=True))
+        if not diverged and len(alone) < len(rows):
             cause = "something in these rows, since the others of the batch are fine"
         elif adapter.base.dtype == torch.float16:
             cause = "float16, which overflows above 65,504; set dtype=bfloat16 or float32"
         else:
             cause = "weights that have grown too large, so the learning rate is too high"
+            diverged = True
     message = f"The {what} at step {step}, at a learning rate of {rate:.1e}. Likely cause: {cause}."
-    return TrainingError(message, alone or rows)
+    grown = not all(float(parameter.detach().abs().max()) <= GROWN for parameter in adapter.parameters())  # or NaN
+    blamed = () if diverged and (batch is not None or grown) else alone or rows
+    return TrainingError(message, blamed, diverged=diverged)
 
 
-def _alone(adapter: Adapter, task: Task, batch: Mapping[str, Tensor], rows: Sequence[int]) -> list[int]:
-    """Those rows of a batch that give no finite loss by themselves."""
+def _alone(
+    adapter: Adapter, task: Task, batch: Mapping[str, Tensor], rows: Sequence[int], *, plain: bool = False
+) -> list[int]:
+    """Those rows of a batch that give no finite loss by themselves, under the adapter or the plain base."""
     found = []
-    with torch.no_grad():
+    model = adapter.base.model if plain else adapter
+    with torch.no_grad(), adapter.base.using(None):
         for index, row in enumerate(rows):
-            loss = task.outcome(adapter, {name: value[index : index + 1] for name, value in batch.items()}).loss
+            loss = task.outcome(model, {name: value[index : index + 1] for name, value in batch.items()}).loss
             if not torch.isfinite(loss):
                 found.append(row)
     return found

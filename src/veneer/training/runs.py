@@ -125,7 +125,9 @@ def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> t
                 begin=lambda: folder.start(output, config.plain(), started),
             )
         except TrainingError as error:
-            raise TrainingError(f"{error} {_how_to_go_on(config)}", error.rows) from error
+            raise TrainingError(
+                f"{error} {_how_to_go_on(config, error)}", error.rows, diverged=error.diverged
+            ) from error
         except Interrupted as stop:
             saved = checkpoints(output)[-1][1]
             raise Interrupted(f"{stop} Saved in {saved}; the same command goes on from there.") from None
@@ -234,8 +236,9 @@ def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:
     return task
 
 
-def _how_to_go_on(config: RunConfig) -> str:
-    rate = (config.train.learning_rate or config.method.learning_rate) / 10
+def _how_to_go_on(config: RunConfig, error: TrainingError) -> str:
+    usual = config.method.learning_rate
+    rate = min((config.train.learning_rate or usual) / 10, usual)
     again, other = (
         f"{program()} train {config.output / folder.CONFIG}",
         f"train.learning_rate={rate:.0e} output=ANOTHER",
@@ -243,6 +246,8 @@ def _how_to_go_on(config: RunConfig) -> str:
     found = checkpoints(config.output)
     if not found:
         return f"Nothing had been saved yet. To start again with other settings: {again} {other}"
+    if error.diverged:  # what was saved shortly before is as like as not spoilt
+        return f"To start again with a lower one ({config.method.name}'s usual is {usual:g}): {again} {other}"
     step, last = found[-1]
     return (
         f"The last good checkpoint, of step {step}, is kept. To go on from it with other settings: "

@@ -169,7 +169,8 @@ class Trainer(transformers.Trainer):
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss is {loss} at step {self.state.global_step}. Likely cause: weights that have "
-                "grown too large, so the learning rate is too high."
+                "grown too large, so the learning rate is too high.",
+                diverged=True,
             )
         metrics = {
             "loss": loss,
