@@ -33,7 +33,7 @@ def chat_(
     prompt it ends the conversation, as does the end of the input, so questions can come from a file, a line each.
 
     Within it: /adapter NAME has that adapter answer from now on (/adapter none: the plain base), /compare shows what
-    base and adapters answer to the latest question (/compare TEXT: to that), /reset forgets the conversation,
+    base and adapters answer to the latest question by itself (/compare TEXT: to that), /reset forgets the conversation,
     /help and /quit.
 
     Examples:

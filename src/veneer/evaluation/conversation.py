@@ -89,21 +89,18 @@ class Conversation:
         return reply
 
     def compare(self, question: str | None = None) -> dict[str | None, Reply]:
-        """What the plain base and every adapter answer to ``question``, or to the latest one where it stood.
+        """What the plain base and every adapter answer to ``question``, or to the latest one, asked by itself.
 
-        Nothing of it is remembered.
+        What was said before is left out: one side's answers would teach the other. Nothing of it is remembered.
 
         Raises:
             ConfigError: there is no question yet.
             DataError: the question is longer than the base's context.
         """
-        before = self.turns
-        if question is None:
-            question = self.last_question
-            before = self.turns[:-2]
+        question = question or self.last_question
         if question is None:
             raise ConfigError("There is no question to compare answers to yet; ask one, or give it: /compare TEXT.")
-        turns = [*before, {"role": "user", "content": question}]
+        turns = [{"role": "user", "content": question}]
         return {name: self._answer(name, turns, lambda _: None) for name in (None, *self.base.adapters)}
 
     def reset(self) -> None:
