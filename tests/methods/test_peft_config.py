@@ -66,6 +66,8 @@ def test_mappings_and_prompts() -> None:
     ranks = peft.LoraConfig(rank_pattern={"q_proj": 2}, lora_bias=True, target_parameters=["experts.down_proj"])
     assert veneer.from_peft(ranks).rank_pattern == {r"/(^|\.)(q_proj)$/": 2}
     assert veneer.from_peft(peft.LoraConfig(use_dora=True)).name == "dora"
+    cut = veneer.from_peft(peft.AdaLoraConfig(total_step=100, tinit=10, tfinal=30, deltaT=5, target_modules=["q_proj"]))
+    assert (cut.name, cut.warmup, cut.final, cut.every) == ("adalora", 0.1, 0.3, 5)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,8 @@ def test_mappings_and_prompts() -> None:
             "target_modules .this method picks its sites itself",
         ),
         (lambda: peft.PrefixTuningConfig(), ConfigError, "length"),
-        (lambda: peft.AdaLoraConfig(total_step=9), UnknownName, "no method for peft's ADALORA"),
+        (lambda: peft.FourierFTConfig(), UnknownName, "no method for peft's FOURIERFT"),
+        (lambda: peft.AdaLoraConfig(total_step=9, beta1=0.5), ConfigError, "beta1"),
         (lambda: {"peft_type": "LOORA"}, UnknownName, "LOORA'. Did you mean 'LORA'"),
         (lambda: {"peft_type": "LORA", "rnk": 3, "lora_alhpa": 3}, ConfigError, "no rnk.*lora_alhpa. Did you mean 'lora_alpha'"),
         (lambda: {"r": 3}, ConfigError, "no peft_type"),

@@ -39,6 +39,7 @@ class AdaLoRA(Targeted):
     summary: ClassVar[str] = "LoRA that spends its rank where it matters"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "ADALORA"
+    peft_checked: ClassVar[frozenset[str]] = frozenset({"r", "total_step", "tinit", "tfinal", "deltaT", "rank_pattern"})
     peft_names: ClassVar[Mapping[str, str]] = {
         "init_r": "rank",
         "target_r": "target_rank",
@@ -98,8 +99,11 @@ class AdaLoRA(Targeted):
         """Refuses files with cut ranks."""
         if config.get("rank_pattern"):
             raise AdapterFileError("This AdaLoRA adapter uses rank_pattern, which veneer does not read.")
-        fields = {**config, "target_r": min(config.get("target_r", 8), config.get("init_r", 12))}
-        return super().from_peft(fields)
+        method = super().from_peft({**config, "target_r": min(config.get("target_r", 8), config.get("init_r", 12))})
+        if (steps := config.get("total_step") or 0) <= 1:  # what is written where the schedule is not told
+            return method
+        shares = {"warmup": config.get("tinit", 0) / steps, "final": config.get("tfinal", 0) / steps}
+        return cls(**{**dict(method), **shares, "every": config.get("deltaT", 1)})
 
 
 class Allocation(Course):
