@@ -18,8 +18,8 @@ from veneer.tasks import Task
 from veneer.training.progress import console
 
 RUNAWAY, MARGIN = 3.0, 1.0
-"""A loss has run away when it is above RUNAWAY times that of the first validation, or the highest of the first two
-logged, plus MARGIN."""
+"""A loss has run away when it is above RUNAWAY times what it was at first, plus MARGIN: in training the higher of the
+first two logged, in validation that of the untrained adapter."""
 GROWN = 100.0
 """A number of an adapter that has become as large as this comes of a learning rate, not of a row."""
 SIGNS = 2
@@ -94,7 +94,7 @@ def overfitting(history: Sequence[Mapping[str, Any]], keep_best: bool) -> str | 
 
 
 class RunningAway(transformers.TrainerCallback):
-    """Ends a run whose training loss has left the range it started in, before that is saved."""
+    """Ends a run whose loss has left the range it started in, before that is saved."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Compare with the first losses.
@@ -103,19 +103,19 @@ class RunningAway(transformers.TrainerCallback):
             TrainingError: it has run away.
         """
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        first = [loss for step, loss in _validations(state.log_history) if step == 0]
-        if "loss" in (logs or {}) and len(losses) + len(first) >= 3 - bool(first):
+        if "loss" in (logs or {}) and len(losses) >= 3:
             what = f"on average in the steps up to {state.global_step}"
-            self._check(losses[-1], max(first or losses[:2]), what, args.learning_rate)
+            self._check(losses[-1], max(losses[:2]), what, args.learning_rate)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare with the validation before the first step.
+        """Compare with the validation before the first step; where training goes well all the same, it is overfitting.
 
         Raises:
             TrainingError: it has run away.
         """
         (_, first), *later = _validations(state.log_history)
-        if later:
+        trained = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if later and not (trained and trained[-1] < trained[0]):
             self._check(later[-1][1], first, f"in validation at step {state.global_step}", args.learning_rate)
 
     @staticmethod
