@@ -36,7 +36,8 @@ def converted(
         raise AdapterError(f"{adapter.method.name} acts at {odd[0]}, which is no map whose weight could be changed.")
     found = {sites[path]: (delta, parameters_of(base.model.get_submodule(path))) for path, delta in deltas.items()}
     method, values, errors = to.of_deltas(found, rank)
-    new = base.attach(method, name, modules=heads, task=adapter.task)
+    own_heads = {path: {key: value.detach().clone() for key, value in head.items()} for path, head in heads.items()}
+    new = base.attach(method, name, modules=own_heads, task=adapter.task)
     with torch.no_grad():
         for path, tensors in values.items():
             for key, value in new.parameters_at(path).items():
