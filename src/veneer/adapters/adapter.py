@@ -59,10 +59,10 @@ class Adapter(Trainable):
         self.sites = tuple(sites)
         self.task = dict(task)
         self.record: dict[str, Any] = {}
-        self._shared = self._own("", shared)
-        names = _names_in_files(sites)
-        self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
+        self._shared: dict[str, str] = {}
+        self._at_sites: dict[str, dict[str, str]] = {}
         self._in_full: dict[str, dict[str, str]] = {}
+        self.replace(method, values, shared)
 
     @classmethod
     def over(cls, model: nn.Module) -> type[Self]:
@@ -107,6 +107,28 @@ class Adapter(Trainable):
         """Its parameters at one site and those shared by all, by the method's names for them."""
         return self._values({**self._shared, **self._at_sites[path]})
 
+    def replace(self, method: Method, values: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor]) -> None:
+        """Be this method with these parameters, by site and shared, from now on; at the same sites as before."""
+        for key in [*self._shared.values(), *(key for keys in self._at_sites.values() for key in keys.values())]:
+            self._parameters.pop(key, None)
+            self._buffers.pop(key, None)
+            self._non_persistent_buffers_set.discard(key)
+        self.method = method
+        self._shared = self._own("", shared)
+        names = _names_in_files(self.sites)
+        self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
+
+    def settle(self) -> None:
+        """Drop what only training needed. What the adapter does out of training stays the same; training it further
+        goes on from there."""
+        values = {path: self._detached(keys) for path, keys in self._at_sites.items()}
+        settled = self.method.settled(self.sites, values, self._detached(self._shared))
+        if settled is not None:
+            self.replace(*settled)
+
+    def _detached(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self._values(keys).items()}
+
     def own_modules(self, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over modules of the base: they run on parameters of this adapter, with these initial values."""
         self._in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
@@ -125,6 +147,12 @@ class Adapter(Trainable):
     def device(self) -> torch.device:
         """Where the base and the adapter are."""
         return self.base.device
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """How many times the learning rate its method's parameters take, by key in this module."""
+        named = [*self._shared.items(), *(item for keys in self._at_sites.values() for item in keys.items())]
+        return {key: self.method.rate(name) for name, key in named if key in self._parameters}
 
     @property
     def trainable(self) -> int:

@@ -143,12 +143,23 @@ class Method(BaseModel):
             found.append(f"method.{key}: unknown setting of {cls.name}.{hint}")
         return found
 
-    def rates(self) -> Mapping[str, float]:
-        """How many times the learning rate parameters take, by the ends of their names; 1 for all others."""
-        return {}
+    def rate(self, name: str) -> float:
+        """How many times the learning rate the parameter of this name takes."""
+        return 1.0
 
     def course(self, parameters: Mapping[str, Mapping[str, Tensor]], steps: int) -> Course | None:
         """What it does in the course of a training of so many steps, given its parameters by site; None for nothing."""
+        return None
+
+    def settled(
+        self,
+        sites: Sequence[Any],
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+    ) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
+        """What it comes to once it is trained: a method without what only training needs, its parameters by site and
+        its shared ones, which act at the same sites as these do out of training; None for as it is.
+        """
         return None
 
     @classmethod

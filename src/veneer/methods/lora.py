@@ -141,9 +141,9 @@ class LoRA(Targeted):
             )
         return found
 
-    def rates(self) -> Mapping[str, float]:
-        """B's."""
-        return {"lora_B.weight": self.b_rate} if self.b_rate != 1 else {}
+    def rate(self, name: str) -> float:
+        """B's is its own."""
+        return self.b_rate if name == "lora_B.weight" else 1.0
 
     def fixed(self) -> Collection[str]:
         """What the factors started from, where they don't cancel; and A, if it is frozen."""

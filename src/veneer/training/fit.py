@@ -117,10 +117,14 @@ def fit(
     state = trainer.state
     if interruption.asked and state.global_step < state.max_steps:
         raise Interrupted(f"Stopped at step {state.global_step} of {state.max_steps}, as asked.")
-    return _result(adapter, trainer, progress, tuple(told for told in (overfitting.noticed, patience.stopped) if told))
+    trained = adapter.trainable
+    adapter.settle()
+    return _result(
+        adapter, trained, trainer, progress, tuple(told for told in (overfitting.noticed, patience.stopped) if told)
+    )
 
 
-def _result(adapter: Adapter, trainer: Trainer, progress: Progress, warnings: tuple[str, ...]) -> Result:
+def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress, warnings: tuple[str, ...]) -> Result:
     state = trainer.state
     best = (state.best_global_step if trainer.args.load_best_model_at_end else 0) or state.global_step
     validations = [entry for entry in progress.history if "eval_loss" in entry]
@@ -128,8 +132,8 @@ def _result(adapter: Adapter, trainer: Trainer, progress: Progress, warnings: tu
         steps=state.global_step,
         seconds=progress.seconds,
         tokens=progress.tokens,
-        trainable=adapter.trainable,
-        trainable_share=adapter.trainable_share,
+        trainable=trained,
+        trainable_share=trained / adapter.base.parameter_count,
         adapter_bytes=adapter.nbytes,
         base_bytes=adapter.base.nbytes,
         peak_memory=peak_memory(),

@@ -84,13 +84,8 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; parameters whose method says so learn at a multiple of the rate, in groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = self.model.method.rates()
-        times = {
-            parameter: rate
-            for name, parameter in self.model.named_parameters()
-            for ending, rate in rates.items()
-            if name.endswith(ending)
-        }
+        parameters = dict(self.model.named_parameters())
+        times = {parameters[key]: rate for key, rate in self.model.rates.items() if rate != 1}
         for group in list(optimizer.param_groups) if times else []:
             for rate in set(times.values()):
                 apart = [parameter for parameter in group["params"] if times.get(parameter) == rate]
