@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.weights import parameters_at
-from veneer.deltas import Delta
+from veneer.bases.weights import bare, parameters_at, weight_of
+from veneer.deltas import AtParameter, Delta, Flow
 from veneer.errors import AdapterError, ConfigError, did_you_mean
 
 
@@ -38,9 +39,11 @@ class Lowering(BaseWeights):
 
     Attributes:
         training: whether the adapter is in training mode.
+        flow: the forward it is lowered for.
     """
 
     training: bool
+    flow: Flow
 
 
 class Course:
@@ -67,6 +70,13 @@ class Course:
 def widened(value: Tensor) -> Tensor:
     """In float32, or wider if it is: what is trained is kept in."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def around_module(site: Any, delta: Delta) -> Delta:
+    """A site's delta as it acts on the module the site belongs to, which may keep the map as a bare parameter."""
+    if (name := getattr(site, "parameter", None)) is None:
+        return delta
+    return AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
 
 
 class Method(BaseModel):
