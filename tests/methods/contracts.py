@@ -30,6 +30,11 @@ CONTRACTS = {
     "bitfit": Contract(),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
+    "fusion": Contract(
+        {"methods": [{"name": "pfeiffer", "bottleneck": 3}, {"name": "houlsby", "bottleneck": 4}]},
+        identity="rounding",
+        merges=False,
+    ),
     "hira": Contract({"rank": 3}),
     "houlsby": Contract({"bottleneck": 5}, merges=False),
     "ia3": Contract(),

@@ -19,7 +19,7 @@ from veneer.bases.weights import parameters_of, stored
 from veneer.deltas import Delta, Flow, Replace, Stack
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
-from veneer.methods.base import around_module
+from veneer.methods.base import Trained, around_module
 
 if TYPE_CHECKING:
     from veneer.adapters.base import Base
@@ -123,10 +123,15 @@ class Adapter(Trainable):
     def settle(self) -> None:
         """Drop what only training needed. What the adapter does out of training stays the same; training it further
         goes on from there."""
-        values = {path: self._detached(keys) for path, keys in self._at_sites.items()}
-        settled = self.method.settled(self.sites, values, self._detached(self._shared))
+        now = self.trained()
+        settled = self.method.settled(self.sites, now.parameters, now.shared)
         if settled is not None:
             self.replace(*settled)
+
+    def trained(self) -> Trained:
+        """Its method and parameters as they are now, for others to start from."""
+        values = {path: self._detached(keys) for path, keys in self._at_sites.items()}
+        return Trained(self.method, values, self._detached(self._shared))
 
     def _detached(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self._values(keys).items()}

@@ -22,8 +22,10 @@ from veneer.bases import Pretrained
 from veneer.deltas import Flow
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import BaseWeights, Method
+from veneer.methods.base import Trained
 
 _BANK = "veneer_adapters"
+_ORIGIN = "veneer-origin"
 _PREFIX = "adapter_"  # else an adapter called "train" would hide a method of nn.Module
 
 
@@ -105,11 +107,13 @@ class Base(Pretrained):
                 'veneer.methods.method_class("ia3")().'
             )
         self._check_name(name)
+        trained = [self._trained(origin) for origin in method.origins]
+        method = method.over([each.method for each in trained])
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
         weights = BaseWeights(self.model)
-        values = {site.path: method.parameters(site, generator, weights) for site in sites}
-        shared = method.shared(sites, generator, weights)
+        fresh = {site.path: method.parameters(site, generator, weights) for site in sites}
+        values, shared = method.started(fresh, method.shared(sites, generator, weights), trained)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
         adapter.train(self.model.training)
         if not self.adapters:
@@ -119,6 +123,13 @@ class Base(Pretrained):
         self._hook(adapter.places)
         self.train_in_full(adapter, modules or {})
         return adapter
+
+    def _trained(self, origin: str) -> Trained:
+        """What a new adapter starts from: an attached adapter, or one in a folder."""
+        if origin in self.adapters:
+            return self[origin].trained()
+        self.load(origin, _ORIGIN)
+        return self.detach(_ORIGIN).trained()
 
     def train_in_full(self, adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Let an attached adapter run modules (a task's head) on parameters of its own, with these initial values.

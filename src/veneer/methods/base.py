@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -72,6 +72,21 @@ def widened(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained adapter, as other methods may start from it.
+
+    Attributes:
+        method: what it is.
+        parameters: by site.
+        shared: by all sites.
+    """
+
+    method: Method
+    parameters: Mapping[str, Mapping[str, Tensor]]
+    shared: Mapping[str, Tensor]
+
+
 def around_module(site: Any, delta: Delta) -> Delta:
     """A site's delta as it acts on the module the site belongs to, which may keep the map as a bare parameter."""
     if (name := getattr(site, "parameter", None)) is None:
@@ -113,6 +128,24 @@ class Method(BaseModel):
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
 
+    @property
+    def origins(self) -> Sequence[str]:
+        """Trained adapters it starts from: folders, or names of attached ones."""
+        return ()
+
+    def over(self, trained: Sequence[Method]) -> Method:
+        """Itself, knowing what its origins are."""
+        return self
+
+    def started(
+        self,
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+        trained: Sequence[Trained],
+    ) -> tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """Its initial values, by site and shared, with what comes from its origins."""
+        return parameters, shared
+
     @abstractmethod
     def sites(self, sites: SiteMap) -> Sequence[Any]:
         """Where it acts in this base: `Site`s or `AttentionSite`s."""
@@ -125,11 +158,11 @@ class Method(BaseModel):
         """Initial values of its parameters at a site, by name: float32, trained unless `fixed`; or integers."""
         return {}
 
-    def fixed(self) -> Collection[str]:
+    def fixed(self) -> Container[str]:
         """Names of parameters that are not trained, but kept in the adapter's files."""
         return ()
 
-    def derived(self) -> Collection[str]:
+    def derived(self) -> Container[str]:
         """Names of parameters that are neither trained nor kept, because the settings alone say what they are."""
         return ()
 

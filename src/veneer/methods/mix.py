@@ -30,6 +30,10 @@ def _plain(method: Method) -> dict[str, Any]:
     return {"name": method.name, **method.model_dump(mode="json")}
 
 
+Member = Annotated[Method, BeforeValidator(_method), PlainSerializer(_plain)]
+"""A method in another's settings: its name, or a mapping with its name and settings."""
+
+
 class Mix(Mixture):
     """Methods side by side in one adapter."""
 
@@ -37,7 +41,7 @@ class Mix(Mixture):
     summary: ClassVar[str] = "any list of methods as one adapter"
     peft_type: ClassVar[str] = "VENEER_MIX"
 
-    methods: tuple[Annotated[Method, BeforeValidator(_method), PlainSerializer(_plain)], ...] = Field(min_length=1)
+    methods: tuple[Member, ...] = Field(min_length=1)
     """Which: names, or names with settings, e.g. [{name: lora, rank: 8}, bitfit]."""
 
     def members(self) -> Sequence[Method]:

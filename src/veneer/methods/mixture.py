@@ -8,7 +8,7 @@ multiplied alike where a run asks for another one than the default.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +38,11 @@ class Junction:
         return getattr(self.members[0][1], "module", self.path)
 
     @property
+    def width(self) -> int:
+        """Of the module's output."""
+        return int(self.members[0][1].out_features)
+
+    @property
     def source(self) -> str | None:
         """Path of the module whose input is read here."""
         found = (getattr(site, "source", None) for _, site in self.members)
@@ -64,7 +69,7 @@ class Mixture(Method):
     def shared(self, sites: Sequence[Junction], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """What each method's sites share."""
         return {
-            _key(index, name): value
+            key_of(index, name): value
             for index, method in enumerate(self.members())
             for name, value in method.shared(_of(index, sites), generator, base).items()
         }
@@ -72,24 +77,25 @@ class Mixture(Method):
     def parameters(self, site: Junction, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Those of each method that acts here."""
         return {
-            _key(index, name): value
+            key_of(index, name): value
             for index, own in site.members
             for name, value in self.members()[index].parameters(own, generator, base).items()
         }
 
-    def fixed(self) -> Collection[str]:
+    def fixed(self) -> Container[str]:
         """Those of each method."""
-        return {_key(index, name) for index, method in enumerate(self.members()) for name in method.fixed()}
+        return _Names([method.fixed() for method in self.members()])
 
-    def derived(self) -> Collection[str]:
+    def derived(self) -> Container[str]:
         """Those of each method."""
-        return {_key(index, name) for index, method in enumerate(self.members()) for name in method.derived()}
+        return _Names([method.derived() for method in self.members()])
 
     def lower(self, site: Junction, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """One after the other."""
         members = self.members()
         deltas = [
-            around_module(own, members[index].lower(own, _its(index, parameters), step)) for index, own in site.members
+            around_module(own, members[index].lower(own, parameters_of(index, parameters), step))
+            for index, own in site.members
         ]
         return Stack(deltas) if len(deltas) > 1 else deltas[0]
 
@@ -103,7 +109,7 @@ class Mixture(Method):
         """Those of all methods."""
         courses = {}
         for index, method in enumerate(self.members()):
-            its = {path: _its(index, values) for path, values in parameters.items()}
+            its = {path: parameters_of(index, values) for path, values in parameters.items()}
             course = method.course({path: values for path, values in its.items() if values}, steps)
             if course is not None:
                 courses[index] = course
@@ -122,18 +128,29 @@ class Mixture(Method):
         new_values: dict[str, dict[str, Tensor]] = {path: {} for path in parameters}
         new_shared: dict[str, Tensor] = {}
         for index, method in enumerate(members):
-            own = {path: its for path, values in parameters.items() if (its := _its(index, values))}
+            own = {path: its for path, values in parameters.items() if (its := parameters_of(index, values))}
             all_its = {site.path: own.get(site.path, {}) for site in _of(index, sites)}
-            settled = method.settled(_of(index, sites), all_its, _its(index, shared))
-            members[index], values, common = settled or (method, own, _its(index, shared))
-            new_shared |= {_key(index, name): value for name, value in common.items()}
+            settled = method.settled(_of(index, sites), all_its, parameters_of(index, shared))
+            members[index], values, common = settled or (method, own, parameters_of(index, shared))
+            new_shared |= {key_of(index, name): value for name, value in common.items()}
             for path, its in values.items():
-                new_values[path] |= {_key(index, name): value for name, value in its.items()}
+                new_values[path] |= {key_of(index, name): value for name, value in its.items()}
         return None if members == list(self.members()) else (Mix(methods=members), new_values, new_shared)
 
     def to_peft(self, sites: Sequence[Any], site_map: SiteMap) -> dict[str, Any]:
         """As it is: peft keeps no mixtures."""
         return self.model_dump(mode="json")
+
+
+class _Names(Container[str]):
+    """Names of several methods by their place."""
+
+    def __init__(self, names: Sequence[Container[str]]) -> None:
+        self.names = names
+
+    def __contains__(self, name: object) -> bool:
+        index, _, own = str(name).partition(".")
+        return index.isdigit() and own in self.names[int(index)]
 
 
 class _Courses(Course):
@@ -155,17 +172,17 @@ class _Courses(Course):
             course.after_step(step)
 
     def state(self) -> dict[str, Tensor]:
-        return {_key(i, name): value for i, course in self.courses.items() for name, value in course.state().items()}
+        return {key_of(i, name): value for i, course in self.courses.items() for name, value in course.state().items()}
 
 
-def _key(index: int, name: str) -> str:
+def key_of(index: int, name: str) -> str:
     """The mixture's name for a method's parameter."""
     return f"{index}.{name}"
 
 
-def _its(index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def parameters_of(index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A method's parameters, by its own names."""
-    prefix = _key(index, "")
+    prefix = key_of(index, "")
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
