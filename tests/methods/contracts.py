@@ -29,6 +29,7 @@ CONTRACTS = {
     "adalora": Contract({"rank": 4, "target_rank": 2, "alpha": 7}),
     "bitfit": Contract(),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
+    "conditional": Contract({"bottleneck": 3, "size": 4, "tasks": ["a", "b"]}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
     "fusion": Contract(
         {"methods": [{"name": "pfeiffer", "bottleneck": 3}, {"name": "houlsby", "bottleneck": 4}]},

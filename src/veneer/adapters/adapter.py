@@ -61,6 +61,7 @@ class Adapter(Trainable):
         self.sites = tuple(sites)
         self.task = dict(task)
         self.record: dict[str, Any] = {}
+        self._condition: Any = None
         self._shared: dict[str, str] = {}
         self._at_sites: dict[str, dict[str, str]] = {}
         self._in_full: dict[str, dict[str, str]] = {}
@@ -76,6 +77,24 @@ class Adapter(Trainable):
         with self.acting():
             return self.base.model(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def conditioned(self, condition: Any) -> Iterator[None]:
+        """Tell calls of this adapter inside the block what its method asks of each row.
+
+        Args:
+            condition: the name of a task or a vector, for all rows; or a list of these (or a matrix), one a row.
+
+        Raises:
+            AdapterError: the method asks nothing.
+        """
+        if not self.method.conditioned:
+            raise AdapterError(f"{self.method.name} takes no condition; conditional does.")
+        before, self._condition = self._condition, condition
+        try:
+            yield
+        finally:
+            self._condition = before
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's ``generate`` with this adapter."""
         with self.acting():
@@ -84,12 +103,14 @@ class Adapter(Trainable):
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
         """Have the base run with this adapter inside the block."""
-        with self.base.using(self.name):
+        with self.base.using(self.name, condition=self._condition):
             yield
 
-    def lower(self, flow: Flow | None = None, *, training: bool | None = None) -> dict[str, Delta]:
+    def lower(
+        self, flow: Flow | None = None, *, training: bool | None = None, condition: Any = None
+    ) -> dict[str, Delta]:
         """The deltas this adapter amounts to, by where they act, for a forward; in its own mode unless told which."""
-        step = Lowering(self.base.model, self.training if training is None else training, flow or Flow())
+        step = Lowering(self.base.model, self.training if training is None else training, flow or Flow(), condition)
         plan: dict[str, Delta] = {}
         for site in self.sites:
             delta = around_module(site, self.method.lower(site, self.parameters_at(site.path), step))

@@ -33,6 +33,15 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What an adapter may be called."""
 
 
+def by_row(condition: Any) -> Sequence[Any] | None:
+    """Conditions one a row; None for one that is for all rows: nothing, a name, or a vector."""
+    if isinstance(condition, Tensor):
+        return list(condition) if condition.dim() > 1 else None
+    if condition is None or isinstance(condition, str) or (condition and isinstance(condition[0], int | float)):
+        return None
+    return list(condition)
+
+
 class Bank(nn.Module):
     """Holds the adapters inside the model, so that ``.to()`` and optimisers find them, but not its state dict."""
 
@@ -187,21 +196,33 @@ class Base(Pretrained):
         return self.adapters[name]
 
     @contextlib.contextmanager
-    def using(self, name: str | None) -> Iterator[Base]:
+    def using(self, name: str | None, *, condition: Any = None) -> Iterator[Base]:
         """Run the base with one adapter inside the block; None is the plain base.
+
+        Args:
+            name: of the adapter.
+            condition: what rows are told, as for `Adapter.conditioned`.
 
         Raises:
             UnknownName: there is no adapter of that name.
         """
-        with self._execution.acting(self._lowering(name)), self._using([name]):
+        if name is not None and (conditions := by_row(condition)) is not None:
+            with self.rows([name] * len(conditions), conditions=conditions):
+                yield self
+            return
+        with self._execution.acting(self._lowering(name, condition)), self._using([name]):
             yield self
 
     @contextlib.contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[Base]:
+    def rows(self, names: Sequence[str | None], *, conditions: Sequence[Any] | None = None) -> Iterator[Base]:
         """Run batches of ``len(names)`` rows inside the block, each row with its own adapter, or none.
 
         Kinds mix freely. Rows with None are computed as by the plain base. A generation with k beams, or k
         sequences a row, takes the names of the rows it is given.
+
+        Args:
+            names: of the adapters, one a row.
+            conditions: the name of a task, a vector or None, one a row, for adapters that ask it.
 
         Raises:
             UnknownName: a name is not attached.
@@ -209,6 +230,9 @@ class Base(Pretrained):
         """
         if isinstance(names, str) or not names:
             raise AdapterError(f"rows() takes a list of names, one a row (None: the plain base), not {names!r}.")
+        told = list(conditions) if conditions is not None else [None] * len(names)
+        if len(told) != len(names):
+            raise AdapterError(f"{len(told)} conditions are given for {len(names)} rows; give one a row.")
         chosen = {name: self[name] for name in names if name is not None}
 
         def lower(flow: Flow) -> Plan:
@@ -219,10 +243,19 @@ class Base(Pretrained):
                     f"Adapters are given for {len(names)} rows, but the batch has {rows}. Give one name a row, None "
                     "for the plain base."
                 )
-            each = [name for name in names for _ in range(times)]
-            places = {name: [row for row, other in enumerate(each) if other == name] for name in chosen}
-            plans = [(places[name], Plan.of(adapter.lower(flow))) for name, adapter in chosen.items()]
-            return Plan.by_rows(plans, len(each), self.sites)
+            groups: dict[Any, list[int]] = {}  # rows with the same adapter and the same condition
+            for index, (name, condition) in enumerate(zip(names, told, strict=True)):
+                same = condition if condition is None or isinstance(condition, str) else index
+                if name is not None:
+                    groups.setdefault((name, same), []).append(index)
+            plans = [
+                (
+                    [row * times + copy for row in rows_of for copy in range(times)],
+                    Plan.of(chosen[name].lower(flow, condition=told[rows_of[0]])),
+                )
+                for (name, _), rows_of in groups.items()
+            ]
+            return Plan.by_rows(plans, len(names) * times, self.sites)
 
         with self._execution.acting(lower), self._execution.generation_of(self.model), self._using(names):
             yield self
@@ -240,11 +273,11 @@ class Base(Pretrained):
         self._execution.lower = self._lowering(name)
         self.active = name
 
-    def _lowering(self, name: str | None) -> Lower | None:
+    def _lowering(self, name: str | None, condition: Any = None) -> Lower | None:
         if name is None:
             return None
         adapter = self[name]
-        return lambda flow: Plan.of(adapter.lower(flow))
+        return lambda flow: Plan.of(adapter.lower(flow, condition=condition))
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in backward instead of keeping them, with the plan the forward ran with.

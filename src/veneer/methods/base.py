@@ -40,10 +40,12 @@ class Lowering(BaseWeights):
     Attributes:
         training: whether the adapter is in training mode.
         flow: the forward it is lowered for.
+        condition: what rows are told beside their input (the name of a task, or a vector), where the method asks it.
     """
 
     training: bool
     flow: Flow
+    condition: Any = None
 
 
 class Course:
@@ -110,6 +112,8 @@ class Method(BaseModel):
     """One line for `veneer methods`: what it is, when to use it."""
     learning_rate: ClassVar[float]
     """A default that learns."""
+    conditioned: ClassVar[bool] = False
+    """Whether it acts by what each row is told of its task."""
     peft_type: ClassVar[str]
     """Its ``peft_type`` in ``adapter_config.json``: peft's own wherever peft has the method."""
     peft_prefix: ClassVar[str] = "base_model.model."
@@ -127,6 +131,10 @@ class Method(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
+
+    def for_tasks(self, names: Sequence[str]) -> Method:
+        """Itself, for data whose rows are of these tasks."""
+        return self
 
     @property
     def origins(self) -> Sequence[str]:
