@@ -9,7 +9,7 @@ from families import FAMILIES, IDS, Family, run
 from test_contract import ALWAYS, EXACT, off
 
 import veneer
-from helpers import perturb
+from helpers import perturb, tiny_bert
 from veneer.errors import AdapterError, TargetError, UnknownName
 
 EVERY = [
@@ -211,3 +211,20 @@ def test_a_table_looked_up_with_positions_first() -> None:
 def test_tables_that_others_read_are_no_sites(family: str, table: str) -> None:
     with pytest.raises(TargetError, match="matches nothing"):
         veneer.Base(FAMILIES[family].model()).attach(veneer.LoRA(rank=2, targets=table), "a")
+
+
+def test_heads_of_another_width_than_the_bases() -> None:
+    """Adapters with five labels each over a base with three, in one batch; not together with the plain base."""
+    base = veneer.Base(tiny_bert().requires_grad_(False))
+    for seed, name in enumerate(("a", "b")):
+        head = {"classifier": {"weight": torch.randn(5, 32), "bias": torch.randn(5)}}
+        perturb(base.attach(veneer.LoRA(rank=2), name, modules=head), seed=seed)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        with base.rows(["a", "b"]):
+            mixed = base.model(input_ids=ids).logits
+        alone = [base[name](input_ids=ids[row : row + 1]).logits for row, name in enumerate(("a", "b"))]
+        assert mixed.shape == (2, 5)
+        assert torch.allclose(mixed, torch.cat(alone), atol=1e-5)
+        with base.rows(["a", None]), pytest.raises(AdapterError, match="numbers of outputs"):
+            base.model(input_ids=ids)

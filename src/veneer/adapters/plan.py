@@ -39,7 +39,7 @@ class Plan:
         tokens: Tokens | None = None
         for path, delta in deltas.items():
             around: list[Delta] = []
-            for part in delta.deltas if isinstance(delta, Stack) else [delta]:
+            for part in delta.flat if isinstance(delta, Stack) else [delta]:
                 if isinstance(part, KeyValues):
                     attention[path] = attention[path] + part if path in attention else part
                 elif isinstance(part, Tokens):

@@ -18,6 +18,7 @@ def generate_(
     max_new_tokens: Annotated[int, Parameter(validator=Number(gte=1))] = 128,
     temperature: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
     seed: int = 0,
+    condition: str | None = None,
     compare: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -45,6 +46,8 @@ def generate_(
         0 takes the likeliest token each time; above, tokens are drawn.
     seed
         Of the draw.
+    condition
+        Which of its tasks the prompt is of, for an adapter that learned several (method conditional).
     compare
         Show the plain base's answer, too.
     json
@@ -75,7 +78,7 @@ def generate_(
 
         torch.manual_seed(seed)
         drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        rows = [{"prompt": text}]
+        rows = [{"prompt": text, "task": condition}]
         found = task.predict(model, on, rows, max_new_tokens=max_new_tokens, **drawing)  # type: ignore[arg-type]
         return str(next(iter(found))["output"])
 

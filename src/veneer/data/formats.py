@@ -16,6 +16,9 @@ from typing import Any
 
 from veneer.errors import DataError, did_you_mean
 
+TASK = "task"
+"""The column that says which of several tasks a row belongs to: by name, or as a vector."""
+
 
 class Format(Enum):
     """A row format, by the columns it needs."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from veneer.data import duplicates
 from veneer.data.findings import Finding, answers, beyond, leaked, lost, repeated, unseen
-from veneer.data.formats import Format, asked_and_answered, detect
+from veneer.data.formats import TASK, Format, asked_and_answered, detect
 from veneer.data.part import Part, Tokens
 from veneer.data.reading import each
 
@@ -164,8 +164,10 @@ class _Texts:
     def of(cls, rows: Dataset, format: Format) -> _Texts:
         wanted = set(duplicates.sample(len(rows)))
         result = cls([], [], [], Counter() if format is Format.TEXT_LABEL else None, {})
-        for index, row in enumerate(each(rows.select_columns(format.columns))):
+        told = [TASK] if TASK in rows.column_names else []
+        for index, row in enumerate(each(rows.select_columns([*format.columns, *told]))):
             asked, answer = asked_and_answered(row, format)
+            asked = "\n".join([*(str(row[column]) for column in told), asked])
             result.rows.append(duplicates.digest(f"{asked}\0{answer}"))
             result.asked.append(duplicates.digest(asked))
             if format is not Format.TEXT and not answer.strip():

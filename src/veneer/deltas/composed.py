@@ -59,8 +59,13 @@ class Stack(Delta):
         return new
 
     @property
+    def flat(self) -> Sequence[Delta]:
+        """The deltas, with those of stacks among them in their place."""
+        return [each for delta in self.deltas for each in (delta.flat if isinstance(delta, Stack) else [delta])]
+
+    @property
     def _inside_out(self) -> Sequence[Delta]:
-        return sorted(self.deltas, key=lambda delta: not delta.swaps)
+        return sorted(self.flat, key=lambda delta: not delta.swaps)
 
     def for_rows(self, among: Among) -> Delta:
         """Each for these."""

@@ -44,11 +44,16 @@ class Rows(Delta):
         out = y.transpose(0, self.axis)
         times = runs(x, self.axis, self.count)
         x = x.transpose(0, self.axis)
+        changed: list[tuple[Tensor, Tensor]] = []
         for rows, delta in self._together(times, out.device):
             mine, there = x.index_select(0, rows), out.index_select(0, rows)
             if delta.swaps:
                 there = rerun(delta, delta.before(mine).transpose(0, self.axis)).transpose(0, self.axis)
-            out = out.index_copy(0, rows, delta.apply(mine, there))
+            changed.append((rows, delta.apply(mine, there)))
+        for rows, new in changed:
+            if new.shape[1:] != out.shape[1:]:  # heads of the adapters' own, for other labels than the base's
+                out = _wide_enough(out, changed)
+            out = out.index_copy(0, rows, new)
         return out.transpose(0, self.axis)
 
     def _each(self, x: Tensor, change: Callable[[Delta, Tensor], Tensor]) -> Tensor:
@@ -76,6 +81,17 @@ class Rows(Delta):
                     continue
             result += zip(indices, (delta for _, delta in groups), strict=True)
         return result
+
+
+def _wide_enough(y: Tensor, changed: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Room for outputs of another width than the module's own."""
+    widths = {tuple(new.shape[1:]) for _, new in changed}
+    if len(widths) > 1 or sum(len(rows) for rows, _ in changed) < len(y):
+        raise AdapterError(
+            "Rows of one batch are under heads with different numbers of outputs, which is no one tensor; put rows "
+            "with the same number of labels into a batch."
+        )
+    return y.new_empty(len(y), *widths.pop())
 
 
 def runs(x: Tensor, axis: int, count: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from veneer.bases import SiteMap
 from veneer.deltas import Delta
 from veneer.deltas import Fusion as FusionDelta
 from veneer.errors import TargetError
@@ -81,9 +82,24 @@ class Fusion(Mixture):
                 values[path] |= {key_of(index, name): value for name, value in own.items()}
         return values, common
 
+    def sites(self, sites: SiteMap) -> Sequence[Junction]:
+        """Where any of the adapters acts.
+
+        Raises:
+            TargetError: one acts elsewhere than on the output of a residual branch.
+        """
+        found = super().sites(sites)
+        for index, site in (member for junction in found for member in junction.members):
+            if getattr(site, "kind", None) != "branch":
+                raise TargetError(
+                    "fusion joins adapters on the output of residual branches (houlsby, pfeiffer, parallel …), but "
+                    f"{self.methods[index].name} acts at {site.path}."
+                )
+        return found
+
     def parameters(self, site: Junction, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The adapters' parameters; queries and keys normal(0.02), the identity for values, biases zero."""
-        d = site.width
+        d = site.members[0][1].out_features
         return {
             **super().parameters(site, generator, base),
             "query.weight": torch.randn(d, d, generator=generator) * 0.02,
@@ -103,11 +119,6 @@ class Fusion(Mixture):
         deltas = [
             self.methods[index].lower(own, parameters_of(index, parameters), still) for index, own in site.members
         ]
-        for delta in deltas:
-            if delta.swaps or type(delta).before is not Delta.before or type(delta).apply is Delta.apply:
-                raise TargetError(
-                    f"fusion joins adapters that change an output; {type(delta).__name__} at {site.path} does not."
-                )
         return FusionDelta(deltas, *(parameters[name] for name in _OWN))
 
     def rate(self, name: str) -> float:

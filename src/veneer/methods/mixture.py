@@ -38,11 +38,6 @@ class Junction:
         return getattr(self.members[0][1], "module", self.path)
 
     @property
-    def width(self) -> int:
-        """Of the module's output."""
-        return int(self.members[0][1].out_features)
-
-    @property
     def source(self) -> str | None:
         """Path of the module whose input is read here."""
         found = (getattr(site, "source", None) for _, site in self.members)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from veneer.adapters import Base
 from veneer.data import Format, Tokens, detect
+from veneer.data.formats import TASK
 from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULT_MAX_LENGTH = 1024
-_ENCODING = "2"
+_ENCODING = "3"
 """To be raised when rows are encoded in another way, so that what an earlier version left in the cache is not used."""
 _TOLD = ("row", "length", "given", "learned", "truncated")
 
@@ -198,9 +199,8 @@ class Task(BaseModel):
             limit=self.max_length,
         )
         examples = encoded if kept.all() else encoded.select(numpy.flatnonzero(kept))
-        return Prepared(
-            examples.select_columns(["input_ids", "labels", "length", "row"]), tokens, int(told["length"].max())
-        )
+        columns = ["input_ids", "labels", "length", "row", *({TASK} & set(rows.column_names))]
+        return Prepared(examples.select_columns(columns), tokens, int(told["length"].max()))
 
     @classmethod
     def check_format(cls, rows: Dataset) -> None:
@@ -232,11 +232,12 @@ class Task(BaseModel):
 def _encode_batch(
     batch: Mapping[str, list[Any]], indices: Sequence[int], task: Task, tokenizer: Any
 ) -> dict[str, list[Any]]:
-    names = ("input_ids", "labels", *_TOLD)
+    names = ("input_ids", "labels", *_TOLD, *({TASK} & set(batch)))
     encoded: dict[str, list[Any]] = {name: [] for name in names}
     for index, *values in zip(indices, *batch.values(), strict=True):
-        for example in task.encode(dict(zip(batch, values, strict=True)), tokenizer):
-            example |= {"length": len(example["input_ids"]), "row": index}
+        row = dict(zip(batch, values, strict=True))
+        for example in task.encode(row, tokenizer):
+            example |= {"length": len(example["input_ids"]), "row": index, TASK: row.get(TASK)}
             for name, column in encoded.items():
                 column.append(example[name])
     return encoded

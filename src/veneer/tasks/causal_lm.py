@@ -26,6 +26,7 @@ from veneer.adapters import Adapter, Base
 from veneer.data import Format
 from veneer.errors import ConfigError, DataError
 from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Task
+from veneer.tasks.conditions import conditioned
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,8 +184,9 @@ class CausalLM(Task):
         end = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
         ends = torch.tensor(end if isinstance(end, list) else [end if end is not None else -1], device=base.device)
         for start in range(0, len(rows), batch_size):
-            prompts = [self.prompt_tokens(row, tokenizer) for row in rows[start : start + batch_size]]
-            with torch.no_grad():
+            batch = rows[start : start + batch_size]
+            prompts = [self.prompt_tokens(row, tokenizer) for row in batch]
+            with torch.no_grad(), conditioned(model, batch):
                 outputs = model.generate(**_left_padded(prompts, tokenizer, base.device), **settings)  # type: ignore[operator]
             length = max(len(prompt) for prompt in prompts)
             for output in outputs:

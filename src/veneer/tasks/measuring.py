@@ -7,6 +7,7 @@ from torch import nn
 
 from veneer.adapters import Base
 from veneer.tasks.base import Prepared, Task
+from veneer.tasks.conditions import conditioned
 
 
 def measure(task: Task, model: nn.Module, base: Base, prepared: Prepared, batch_size: int) -> dict[str, float]:
@@ -18,7 +19,8 @@ def measure(task: Task, model: nn.Module, base: Base, prepared: Prepared, batch_
         for start in range(0, len(examples), batch_size):
             chosen = examples.select(range(start, min(start + batch_size, len(examples))))
             batch = task.collate(list(chosen), base.tokenizer)
-            outcome = task.outcome(model, {name: value.to(base.device) for name, value in batch.items()})
+            with conditioned(model, list(chosen)):
+                outcome = task.outcome(model, {name: value.to(base.device) for name, value in batch.items()})
             sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
     loss, items, correct = sums.tolist()
     return {"loss": loss / items, **task.metrics(loss / items, correct / items)}

@@ -14,6 +14,7 @@ from veneer.adapters import Base
 from veneer.data import Format
 from veneer.errors import BaseError, DataError, did_you_mean
 from veneer.tasks.base import Outcome, Task
+from veneer.tasks.conditions import conditioned
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,16 +143,16 @@ class SequenceClassification(Task):
         """``{"label": …, "probabilities": {label: p}}`` for each row."""
         tokenizer = base.tokenizer
         for start in range(0, len(rows), batch_size):
-            texts = [row["text"] for row in rows[start : start + batch_size]]
+            asked = rows[start : start + batch_size]
             batch = tokenizer(
-                texts,
+                [row["text"] for row in asked],
                 truncation=True,
                 max_length=self.max_length,
                 padding=True,
                 padding_side="right",
                 return_tensors="pt",
             ).to(base.device)
-            with torch.no_grad():
+            with torch.no_grad(), conditioned(model, asked):
                 shares = model(**batch).logits.float().softmax(-1).tolist()
             for row in shares:
                 best = max(range(len(row)), key=row.__getitem__)

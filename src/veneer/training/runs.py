@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from veneer.adapters import Adapter, Base
 from veneer.adapters.files import adapter_folder, read_record, weights_hash
 from veneer.data import Part
+from veneer.data.formats import TASK
 from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import AdapterFileError, ConfigError, Interrupted, TrainingError
 from veneer.tasks import Task, adapter_task, choose_task, load_base, task_class, task_from_config
+from veneer.tasks.conditions import names_of
 from veneer.training import facts, folder
 from veneer.training.checkpoints import checkpoints
 from veneer.training.config import DataSettings, RunConfig, explain
@@ -193,7 +195,8 @@ def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
     head = task.head(base, seed=config.train.seed)
-    adapter = base.attach(config.method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
+    method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else ())
+    adapter = base.attach(method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
     return adapter, task
 
 

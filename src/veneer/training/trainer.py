@@ -22,8 +22,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from veneer.adapters import Adapter
 from veneer.adapters.files import WEIGHTS
 from veneer.data.batching import EpochSampler
+from veneer.data.formats import TASK
 from veneer.errors import TrainingError
 from veneer.tasks import Prepared, Task
+from veneer.tasks.conditions import conditioned
 from veneer.training.checkpoints import discard_all_but, whole
 from veneer.training.course import Conduct
 from veneer.training.guards import not_finite
@@ -79,6 +81,7 @@ class Trainer(transformers.Trainer):
         return {
             **self.task.collate(examples, self.model.base.tokenizer),
             ROWS: torch.tensor([example["row"] for example in examples]),
+            TASK: [{TASK: example.get(TASK)} for example in examples],
         }
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +122,7 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -130,7 +133,8 @@ class Trainer(transformers.Trainer):
         """
         batch, rows = _split(inputs)
         self.tokens_seen += int(batch["attention_mask"].sum())
-        outcome = self.task.outcome(model, batch)
+        with conditioned(model, inputs[TASK]):
+            outcome = self.task.outcome(model, batch)
         if not torch.isfinite(outcome.loss):
             raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
@@ -182,7 +186,8 @@ class Trainer(transformers.Trainer):
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
-                outcome = self.task.outcome(self.model, _split(self._prepare_inputs(batch))[0])
+                with conditioned(self.model, batch[TASK]):
+                    outcome = self.task.outcome(self.model, _split(self._prepare_inputs(batch))[0])
                 sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device)).view(-1, 3).sum(0).cpu()
@@ -223,6 +228,6 @@ class Trainer(transformers.Trainer):
         self.model.load_state_dict(load_file(best / WEIGHTS))
 
 
-def _split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
     """A batch as the task made it, and its rows."""
-    return {name: value for name, value in inputs.items() if name != ROWS}, inputs[ROWS].tolist()
+    return {name: value for name, value in inputs.items() if name not in (ROWS, TASK)}, inputs[ROWS].tolist()
