@@ -52,6 +52,7 @@ CONTRACTS = {
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),
+    "unipelt": Contract({"rank": 2, "length": 2, "bottleneck": 3}, identity="no", merges=False),
     "vera": Contract({"rank": 3}),
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.adapters import prefixes
+from veneer.adapters.memory import Memory, carried, carry
 from veneer.adapters.plan import Plan
 from veneer.deltas import Flow
 
@@ -59,7 +60,7 @@ class Execution:
         self._lock.acquire()
         self._calls.append(module)
         if len(self._calls) == 1:
-            self.flow = Flow(_batch(args, kwargs))
+            self.flow = _flow(module, args, kwargs)
             self._plan = self.lower(self.flow) if self.lower else Plan()
             if self._plan.attention:
                 self._attention = prefixes.switch_on(self.configs)
@@ -72,6 +73,8 @@ class Execution:
             return
         self._calls.pop()
         if not self._calls:
+            if isinstance(self.flow.memory, Memory) and output is not None:
+                carry(getattr(output, "past_key_values", None), self.flow.memory)
             self._plan, self.flow = None, Flow()
             prefixes.switch_off(self._attention)
             self._attention = []
@@ -157,6 +160,14 @@ def install(execution: Execution, roots: Iterable[nn.Module]) -> list[Any]:
         handles.append(root.register_forward_pre_hook(execution.enter, with_kwargs=True))
         handles.append(root.register_forward_hook(execution.leave, always_call=True))
     return handles
+
+
+def _flow(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Flow:
+    """What the arguments of a forward tell."""
+    masks = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    mask, decoder_mask = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in masks)
+    memory = None if module.training else carried(kwargs.get("past_key_values"))  # recomputation would count twice
+    return Flow(_batch(args, kwargs), mask, decoder_mask, memory)
 
 
 def _batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

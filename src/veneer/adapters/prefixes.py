@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases.families import stack_of
+from veneer.deltas import KeyValues
 from veneer.deltas.attention import padded
 from veneer.errors import AdapterError
 
@@ -149,13 +150,56 @@ def _attention(name: str) -> Callable[..., Any]:
         if len(rows) not in (1, len(key)):
             raise AdapterError(f"Adapters are given for {len(rows)} rows, but an attention layer sees {len(key)}.")
         keys, values, there = (each.expand(len(key), *each.shape[1:]) for each in (keys, values, there))
+        gate = _gate(rows, query)
         mask = _extended(attention_mask, there, query, key, _causal(module, kwargs))
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = _nearer(mark.distances, bias, keys.shape[2])
         kwargs["is_causal"] = False  # the mask says it all
+        if gate is not None:
+            return _gated(run, module, query, (keys, key), (values, value), gate, mask, kwargs)
         return run(module, query, torch.cat([keys, key], 2), torch.cat([values, value], 2), mask, **kwargs)
 
     return attention
+
+
+def _gate(rows: Sequence[KeyValues | None], query: Tensor) -> Tensor | None:
+    """How far each query sees its row's prefix, ``[rows, queries or 1]``; None where all see theirs fully."""
+    if all(prefix is None or prefix.opening is None for prefix in rows):
+        return None
+    each = rows if len(rows) == len(query) else [*rows] * len(query)  # one prefix for all rows
+    gate = query.new_ones(len(query), query.shape[2])
+    for prefix in dict.fromkeys(prefix for prefix in each if prefix is not None):
+        mine = [row for row, other in enumerate(each) if other is prefix]
+        if (opened := prefix.gate(mine)) is not None:
+            places = torch.tensor(mine, device=gate.device)
+            gate = gate.index_copy(0, places, opened.to(gate.dtype).expand(-1, gate.shape[1]))
+    return gate
+
+
+def _gated(
+    run: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    keys: tuple[Tensor, Tensor],
+    values: tuple[Tensor, Tensor],
+    gate: Tensor,
+    mask: Tensor,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Attention with the prefix's keys and values multiplied by a gate that differs from query to query.
+
+    Heads of twice the width keep the prefix apart from the real keys: ``[q, g q] · [0, P_k] = g q · P_k`` and
+    ``[q, g q] · [k, 0] = q · k``; of what comes out the second half is the prefix's, to be multiplied by g again.
+    """
+    nothing = [torch.zeros_like(each) for each in (*keys, *values)]
+    wide_query = torch.cat([query, query * gate[:, None, :, None]], -1)
+    wide_key = torch.cat([torch.cat([nothing[0], keys[0]], -1), torch.cat([keys[1], nothing[1]], -1)], 2)
+    wide_value = torch.cat([torch.cat([nothing[2], values[0]], -1), torch.cat([values[1], nothing[3]], -1)], 2)
+    if kwargs.get("scaling") is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5
+    output, weights = run(module, wide_query, wide_key, wide_value, mask, **kwargs)
+    real, prefix = output.chunk(2, -1)  # [rows, queries, heads, width]
+    return real + prefix * gate[:, :, None, None], weights
 
 
 def _plain(module: nn.Module, name: str) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ class TokenHooks:
         def inserted(values: Tensor, fill: Any, pad: Any) -> Tensor:
             return _inserted(values, rows, first, fill, pad, left=left)
 
-        given["attention_mask"] = inserted(mask, 1, 0)
+        given["attention_mask"] = self.execution.flow.mask = inserted(mask, 1, 0)
         if seen == 0:
             nothing = torch.zeros_like(ids, dtype=torch.bool)
             self._slots, self._real = inserted(nothing, True, False), inserted(~nothing, False, False)

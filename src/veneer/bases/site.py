@@ -72,6 +72,8 @@ class AttentionSite:
         layer: index of its layer.
         index: its place among all attention layers.
         part: ``encoder``, ``decoder`` or ``cross`` in an encoder-decoder, else None.
+        source: path of a map that gets what the queries are made of.
+        width: of that.
     """
 
     path: str
@@ -80,6 +82,8 @@ class AttentionSite:
     layer: int | None
     index: int
     part: str | None = None
+    source: str = ""
+    width: int = 0
 
 
 def is_expression(word: str) -> bool:

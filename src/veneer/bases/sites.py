@@ -7,6 +7,7 @@ role, and can be picked by its name.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -79,7 +80,13 @@ class SiteMap(Sequence[Site]):
             if width is None or not takes_prefixes(module):
                 continue
             keys = site.out_features if site.role == "k" else _fused_keys(module, site, width)
-            found.append(AttentionSite(path, keys // width, width, site.layer, len(found), self._part(path)))
+            query = next(each for each in self._sites if each.role in ("q", "qkv") and each.path.startswith(f"{path}."))
+            found.append(
+                AttentionSite(
+                    path, keys // width, width, site.layer, len(found), self._part(path), query.module,
+                    query.in_features,
+                )
+            )  # fmt: skip
         return found
 
     def branches(self, group: str) -> Sequence[Site]:
@@ -144,6 +151,26 @@ class SiteMap(Sequence[Site]):
             return None
         found = (module for at, module in self._modules.items() if stack_of(at) == stack)
         return next((module for module in found if getattr(module, "has_relative_attention_bias", False)), None)
+
+    def is_causal(self, path: str) -> bool:
+        """Whether tokens see only those before them: in a decoder, and where the nearest attention says so."""
+        parts = path.split(".")
+
+        def nearness(site: AttentionSite) -> int:
+            pairs = zip(site.path.split("."), parts, strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        near = max(self.attention, key=nearness, default=None)
+        causal = near is not None and bool(getattr(self._modules[near.path], "is_causal", False))
+        return causal or self.in_decoder(path)
+
+    def is_cross_attention(self, path: str) -> bool:
+        """Whether it lies in a decoder's attention to the encoder."""
+        return is_cross_attention(path)
+
+    def in_decoder(self, path: str) -> bool:
+        """Whether it lies in the decoder of an encoder-decoder."""
+        return self._part(path) in ("decoder", "cross")
 
     def _part(self, path: str) -> str | None:
         if not getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):

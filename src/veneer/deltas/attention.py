@@ -19,19 +19,45 @@ import torch
 from torch import Tensor
 
 from veneer.deltas.base import Delta
+from veneer.deltas.flow import Among
+from veneer.deltas.gates import Opening
+from veneer.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
 class KeyValues(Delta):
-    """Keys and values ``[P, key-value heads, head width]`` that every query of the layer sees."""
+    """Keys and values ``[P, key-value heads, head width]`` that every query of the layer sees.
+
+    Args:
+        key: the keys.
+        value: the values.
+        opening: a gate that both are multiplied by, for each query; it asks for what the module ``source`` gets.
+        source: path of that module.
+    """
 
     key: Tensor
     value: Tensor
+    opening: Opening | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.opening is not None:
+            self.opening.flow.wanted.add(self.source)
+
+    def gate(self, rows: Sequence[int]) -> Tensor | None:
+        """How far each query of these rows sees it, ``[rows, queries or 1]``; None for fully."""
+        if self.opening is None:
+            return None
+        flow = self.opening.flow
+        among = Among(rows, flow.rows or len(rows), self.opening.axis)
+        return self.opening.for_rows(among)(among.of(flow.inputs[self.source]))
 
     def __len__(self) -> int:
         return len(self.key)
 
     def __add__(self, other: KeyValues) -> KeyValues:
+        if self.opening is not None or other.opening is not None:
+            raise AdapterError("A gated prefix can't be joined with another in one adapter.")
         return KeyValues(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
 
     @property

@@ -5,13 +5,21 @@ Beside     y ← δ(x', y)        x' the input of another module, recorded when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from veneer.deltas.base import Delta
 from veneer.deltas.rows import repeated, runs
+
+
+class Remembers(Protocol):
+    """A memory of earlier steps."""
+
+    def extend(self, key: object, opened: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep ``[rows, positions]`` of a step; the sums over the steps before, ``[rows, 1]`` each."""
 
 
 @dataclass(eq=False)
@@ -22,9 +30,15 @@ class Flow:
         rows: how many rows it has; None where a module is called by itself and nobody knows.
         wanted: paths of the modules whose inputs are recorded.
         inputs: what these got last.
+        mask: which positions of the input are real, ``[rows, positions]``; None for all.
+        decoder_mask: the same of a decoder's, where there is an encoder, too.
+        memory: of what gates let through in earlier steps of a generation.
     """
 
     rows: int | None = None
+    mask: Tensor | None = None
+    decoder_mask: Tensor | None = None
+    memory: Remembers | None = None
     wanted: set[str] = field(default_factory=set)
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
@@ -84,9 +98,9 @@ class Beside(Delta):
         """The same rows of what was recorded."""
         return replace(self, among=among)
 
-    def changes(self, parameters: object) -> bool:
+    def changes(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether the delta does."""
-        return self.delta.changes({})
+        return self.delta.changes(parameters)
 
     @property
     def nbytes(self) -> int:
