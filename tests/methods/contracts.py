@@ -28,6 +28,7 @@ class Contract:
 CONTRACTS = {
     "adalora": Contract({"rank": 4, "target_rank": 2, "alpha": 7}),
     "bitfit": Contract(),
+    "boft": Contract({"block_size": 4, "factors": 3}, identity="rounding"),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
     "hira": Contract({"rank": 3}),

@@ -29,6 +29,25 @@ IA3 = {
 }
 
 
+class PlainBlockDiagonal:
+    """What peft's CUDA extension does, in PyTorch: without it peft has no more than one butterfly factor."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.stack([torch.block_diag(*each) for each in blocks]),)
+
+    @staticmethod
+    def backward(grad: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor]:
+        count, size = blocks.shape[1:3]
+        tiles = grad.view(len(grad), count, size, count, size)
+        return (torch.stack([tiles[:, n, :, n] for n in range(count)], 1),)
+
+
+@pytest.fixture(autouse=True)
+def butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: PlainBlockDiagonal)
+
+
 def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
     """The configuration of peft that does what ours does."""
     task = TASKS.get(family.name)
@@ -41,6 +60,9 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
         return peft.ShiraConfig(r=settings["rank"], target_modules=targets, task_type=task)
     if name == "oft":
         return peft.OFTConfig(oft_block_size=8, r=0, use_cayley_neumann=False, target_modules=targets, task_type=task)
+    if name == "boft":
+        sizes = {"boft_block_size": settings["block_size"], "boft_n_butterfly_factor": settings["factors"]}
+        return peft.BOFTConfig(**sizes, target_modules=targets, task_type=task)
     if name == "lokr":
         return peft.LoKrConfig(r=2, alpha=3, target_modules=targets, task_type=task)
     if name == "dora":
@@ -88,7 +110,7 @@ def gradients(model: torch.nn.Module, family: Family, skip: int = 0) -> tuple[to
 
 
 PROMPTS = ("prefix", "prompt")
-LINEAR_ONLY = ("loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
+LINEAR_ONLY = ("boft", "loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
 CELLS = [
     (name, family)
     for name in ("adalora", "dora", "hira", "ia3", "lora", "norm", "vera", *LINEAR_ONLY)
