@@ -107,7 +107,7 @@ class Base(Pretrained):
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
         weights = BaseWeights(self.model)
-        values = {site.path: method.parameters(site, generator, weights) for site in sites}
+        values = method.initial(sites, generator, weights)
         shared = method.shared(sites, generator, weights)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
         adapter.train(self.model.training)

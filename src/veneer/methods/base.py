@@ -115,6 +115,12 @@ class Method(BaseModel):
         """Initial values of its parameters at a site, by name: float32, trained unless `fixed`; or integers."""
         return {}
 
+    def initial(
+        self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights
+    ) -> dict[str, dict[str, Tensor]]:
+        """`parameters` at all its sites, by path; what to override where those of one site depend on the other sites."""
+        return {site.path: self.parameters(site, generator, base) for site in sites}
+
     def fixed(self) -> Collection[str]:
         """Names of parameters that are not trained, but kept in the adapter's files."""
         return ()
