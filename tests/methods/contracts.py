@@ -44,6 +44,7 @@ CONTRACTS = {
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),
+    "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
     "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
     "vera": Contract({"rank": 3}),
 }

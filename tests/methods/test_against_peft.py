@@ -81,6 +81,8 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
     if name == "vblora":
         bank = {"num_vectors": settings["num_vectors"], "vector_length": settings["vector_length"]}
         return peft.VBLoRAConfig(r=2, topk=settings["topk"], **bank, target_modules=targets, task_type=task)
+    if name == "unilora":
+        return peft.UniLoraConfig(r=2, theta_d_length=settings["bank_size"], target_modules=targets, task_type=task)
     if name == "norm":
         return peft.LNTuningConfig(target_modules=targets, task_type=task)
     if name == "prefix":
@@ -97,6 +99,8 @@ def ours_on(name: str, family: Family) -> veneer.Adapter:
     chosen = method(name)
     if name == "prefix" and family.name in ("t5", "bart"):
         chosen = chosen.model_copy(update={"where": "peft"})
+    if name == "unilora":
+        chosen = chosen.model_copy(update={"identity": False})
     adapter = veneer.Base(model).attach(chosen, "a", modules=head).double()
     perturb(adapter, std=0.2)
     return adapter
@@ -117,7 +121,7 @@ PROMPTS = ("prefix", "prompt")
 LINEAR_ONLY = ("boft", "loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
 CELLS = [
     (name, family)
-    for name in ("adalora", "dora", "hira", "ia3", "lora", "norm", "vblora", "vera", *LINEAR_ONLY)
+    for name in ("adalora", "dora", "hira", "ia3", "lora", "norm", "unilora", "vblora", "vera", *LINEAR_ONLY)
     for family in ON
     if (name, family) not in [(linear, "gpt2") for linear in LINEAR_ONLY]
 ]
