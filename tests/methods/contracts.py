@@ -43,6 +43,7 @@ CONTRACTS = {
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
+    "rps": Contract({"bank_size": 64}),
     "shira": Contract({"rank": 2}),
     "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
     "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
