@@ -118,7 +118,7 @@ class Method(BaseModel):
     def initial(
         self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights
     ) -> dict[str, dict[str, Tensor]]:
-        """`parameters` at all its sites, by path; what to override where those of one site depend on the other sites."""
+        """`parameters` at all its sites, by path; for overriding where those of one site depend on the other sites."""
         return {site.path: self.parameters(site, generator, base) for site in sites}
 
     def fixed(self) -> Collection[str]:

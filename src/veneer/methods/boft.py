@@ -59,8 +59,8 @@ class BOFT(Targeted):
         if odd := [site for site in found if self._block(site) == 1]:
             raise TargetError(
                 f"With {self.factors} butterfly factors no block_size from 2 to {self.block_size} fits "
-                f"{odd[0].in_features}, the input width of {odd[0].path}: block_size · {2 ** (self.factors - 1)} has to "
-                "divide it. Take fewer factors, or leave that map out."
+                f"{odd[0].in_features}, the input width of {odd[0].path}: block_size · {2 ** (self.factors - 1)} has "
+                "to divide it. Take fewer factors, or leave that map out."
             )
         return found
 
@@ -100,7 +100,6 @@ class BOFT(Targeted):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
         """Refuses blocks given by number and trained biases."""
-        odd = [f"{key}={value}" for key in ("boft_block_num", "bias") if (value := config.get(key)) not in (None, 0, "none")]
-        if odd:
+        if odd := [key for key in ("boft_block_num", "bias") if config.get(key) not in (None, 0, "none")]:
             raise AdapterFileError(f"This BOFT adapter uses {', '.join(odd)}, which veneer does not read.")
         return super().from_peft(config)

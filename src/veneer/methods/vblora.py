@@ -132,7 +132,7 @@ class VBLoRA(Targeted):
         parameters: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
     ) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
-        """Of the logits the k greatest: which they are ``[…, k]``, and the weights of all but the last ``[…, k − 1]``."""
+        """Of the logits the k greatest: which they are ``[…, k]``, and the weights of all but the last."""
         if self.final or self.keep == "logits":
             return None
         values = {path: self._choice(logits) for path, logits in parameters.items()}
@@ -141,7 +141,7 @@ class VBLoRA(Targeted):
     def _choice(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As in peft's files with ``save_only_topk_weights``."""
         small = next(d for d in (torch.uint8, torch.int16, torch.int32) if self.num_vectors <= torch.iinfo(d).max)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, value in logits.items():
             top, indices = value.topk(self.topk)
             found |= {name + _INDICES: indices.to(small), name + _WEIGHTS: top.softmax(-1)[..., :-1].contiguous()}
