@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
-from veneer.bases.weights import bare, parameters_of, stored, weight_of
+from veneer.bases.weights import bare, parameters_of, put, stored, weight_of
 from veneer.deltas import AtParameter, Delta, Replace, Stack, Tokens
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
@@ -184,7 +184,7 @@ class Adapter(Trainable):
                 raise AdapterError(f"{path}: {error} Keep the adapter beside the base instead.") from error
             for name, value in merged.items():
                 own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
-                module._parameters[name] = nn.Parameter(own, requires_grad=module._parameters[name].requires_grad)  # type: ignore[union-attr]
+                put(module, name, own)
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return base.model

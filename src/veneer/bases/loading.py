@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from veneer.bases import factored
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.pretrained import Pretrained
 from veneer.bases.quiet import quiet
+from veneer.bases.sites import backbone
 from veneer.errors import BaseError, FetchError, VeneerError, did_you_mean
 from veneer.packages import offline as no_network
 
@@ -57,12 +59,15 @@ def load_pretrained(
             if not weights:
                 with torch.device("meta"):
                     model = cls.from_config(settings, dtype=_dtype(dtype, settings, device))
+                    factored.install(backbone(model), getattr(settings, factored.RANKS, {}))
                 return Pretrained(model, _tokenizer(source, where), name=str(name))
             if "gguf_file" in where:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            model, info = cls.from_pretrained(
-                source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
-            )
+            options["dtype"] = _dtype(dtype, settings, device)
+            if hasattr(settings, factored.RANKS):
+                model, info = factored.load(cls, source, settings, **options)
+            else:
+                model, info = cls.from_pretrained(source, output_loading_info=True, **options)
     except VeneerError:
         raise
     except (OSError, ValueError, KeyError) as error:

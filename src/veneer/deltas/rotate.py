@@ -3,8 +3,8 @@
     x  ←  x · B_m … B_1,     B_i = P_i blockdiag(R_i1 … R_ik) P_iᵀ          R_ij ∈ R^{b×b} orthogonal
 
 which merges as ``W ← W (B_m … B_1)ᵀ``: angles between the rows of W blocks stay (OFT, Qiu et al. 2023, §3: m = 1,
-P = I). P_i brings halves of blocks together that are 2^{i−1} halves apart, so that after m factors every feature depends
-on b·2^{m−1} (butterfly factors, Liu et al. 2024, BOFT, §4). The bias is untouched.
+P = I). P_i brings halves of blocks together that are 2^{i−1} halves apart: after m factors every feature depends on
+b·2^{m−1} (butterfly factors, Liu et al. 2024, BOFT, §4). The bias is untouched.
 """
 
 from __future__ import annotations

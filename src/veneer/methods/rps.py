@@ -1,6 +1,6 @@
 """Randomised parameter sharing: the update of all maps from one vector (HashedNets, Chen et al. 2015,
 arXiv:1504.04788; ROAST, Desai et al. 2023, arXiv:2207.10702; as adapters MoSA, Wang et al. 2026, ICLR, which has a
-vector for each matrix, and neither signs nor scale).
+vector for each matrix).
 
     W_ij ← W_ij ± θ_g / √c_g,     g = g(n), ± = ±(n),    n the number of the entry among those of all maps
 
