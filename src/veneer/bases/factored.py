@@ -88,11 +88,13 @@ def load(auto_class: Any, source: str, settings: Any, **options: Any) -> tuple[n
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         plain.__init__(self, *args, **kwargs)
         install(backbone(self), getattr(settings, RANKS))
+        self.__class__ = plain  # only its building was different
 
     building: Any = type(plain.__name__, (plain,), {"__init__": build})
-    model, info = building.from_pretrained(source, variant=VARIANT, output_loading_info=True, **options)
-    model.__class__ = plain  # only the building was different
-    return model, info
+    loaded: tuple[nn.Module, dict[str, Any]] = building.from_pretrained(
+        source, variant=VARIANT, output_loading_info=True, **options
+    )
+    return loaded
 
 
 def write(model: nn.Module, tokenizer: Any, folder: Path) -> None:

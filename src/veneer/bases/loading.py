@@ -217,5 +217,5 @@ def _tokenizer(source: str, where: dict[str, Any]) -> Any:
         if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked; labels are made from rows, not from it
         return tokenizer
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # vision and speech bases have none; tasks that need one say so
