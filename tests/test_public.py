@@ -6,7 +6,7 @@ from veneer import errors
 
 def test_exported_names() -> None:
     assert veneer.__all__ == [
-        "__version__", "Adapter", "Base", "HeadOnly", "LoRA", "Method", "Trainer", "evaluate", "from_peft",
+        "__version__", "Adapter", "Base", "HeadOnly", "LoRA", "Method", "Trainer", "evaluate", "factorize", "from_peft",
         "load_adapter", "load_base", "predict", "train",
     ]  # fmt: skip
     for name in veneer.__all__:

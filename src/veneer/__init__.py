@@ -19,6 +19,7 @@ _HOMES = {
     "Method": "veneer.methods",
     "Trainer": "veneer.training",
     "evaluate": "veneer.evaluation",
+    "factorize": "veneer.bases.factorize",
     "from_peft": "veneer.methods.peft_config",
     "load_adapter": "veneer.tasks",
     "load_base": "veneer.tasks",
@@ -31,6 +32,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from veneer.adapters import Adapter as Adapter
     from veneer.adapters import Base as Base
+    from veneer.bases.factorize import factorize as factorize
     from veneer.evaluation import evaluate as evaluate
     from veneer.evaluation import predict as predict
     from veneer.methods import Method as Method

@@ -28,6 +28,7 @@ class Contract:
 CONTRACTS = {
     "adalora": Contract({"rank": 4, "target_rank": 2, "alpha": 7}),
     "bitfit": Contract(),
+    "boft": Contract({"block_size": 4, "factors": 3}, identity="rounding"),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
     "conditional": Contract({"bottleneck": 3, "size": 4, "tasks": ["a", "b"]}, merges=False),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
@@ -51,8 +52,11 @@ CONTRACTS = {
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
+    "rps": Contract({"bank_size": 64}),
     "shira": Contract({"rank": 2}),
     "unipelt": Contract({"rank": 2, "length": 2, "bottleneck": 3}, identity="no", merges=False),
+    "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
+    "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
     "vera": Contract({"rank": 3}),
 }
 

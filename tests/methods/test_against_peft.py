@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ IA3 = {
 }
 
 
+class PlainBlockDiagonal:
+    """What peft's CUDA extension does, in PyTorch: without it peft has no more than one butterfly factor."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.stack([torch.block_diag(*each) for each in blocks]),)
+
+    @staticmethod
+    def backward(grad: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor]:
+        count, size = blocks.shape[1:3]
+        tiles = grad.view(len(grad), count, size, count, size)
+        return (torch.stack([tiles[:, n, :, n] for n in range(count)], 1),)
+
+
+@pytest.fixture(autouse=True)
+def butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: PlainBlockDiagonal)
+
+
 def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
     """The configuration of peft that does what ours does."""
     task = TASKS.get(family.name)
@@ -41,6 +61,9 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
         return peft.ShiraConfig(r=settings["rank"], target_modules=targets, task_type=task)
     if name == "oft":
         return peft.OFTConfig(oft_block_size=8, r=0, use_cayley_neumann=False, target_modules=targets, task_type=task)
+    if name == "boft":
+        sizes = {"boft_block_size": settings["block_size"], "boft_n_butterfly_factor": settings["factors"]}
+        return peft.BOFTConfig(**sizes, target_modules=targets, task_type=task)
     if name == "lokr":
         return peft.LoKrConfig(r=2, alpha=3, target_modules=targets, task_type=task)
     if name == "dora":
@@ -55,6 +78,11 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
         return peft.HiraConfig(r=3, target_modules=targets, task_type=task)
     if name == "vera":
         return peft.VeraConfig(r=3, target_modules=targets, task_type=task)
+    if name == "vblora":
+        bank = {"num_vectors": settings["num_vectors"], "vector_length": settings["vector_length"]}
+        return peft.VBLoRAConfig(r=2, topk=settings["topk"], **bank, target_modules=targets, task_type=task)
+    if name == "unilora":
+        return peft.UniLoraConfig(r=2, theta_d_length=settings["bank_size"], target_modules=targets, task_type=task)
     if name == "norm":
         return peft.LNTuningConfig(target_modules=targets, task_type=task)
     if name == "prefix":
@@ -71,6 +99,8 @@ def ours_on(name: str, family: Family) -> veneer.Adapter:
     chosen = method(name)
     if name == "prefix" and family.name in ("t5", "bart"):
         chosen = chosen.model_copy(update={"where": "peft"})
+    if name == "unilora":
+        chosen = chosen.model_copy(update={"identity": False})
     adapter = veneer.Base(model).attach(chosen, "a", modules=head).double()
     perturb(adapter, std=0.2)
     return adapter
@@ -88,10 +118,10 @@ def gradients(model: torch.nn.Module, family: Family, skip: int = 0) -> tuple[to
 
 
 PROMPTS = ("prefix", "prompt")
-LINEAR_ONLY = ("loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
+LINEAR_ONLY = ("boft", "loha", "lokr", "oft", "shira")  # in peft; GPT-2's maps are Conv1D
 CELLS = [
     (name, family)
-    for name in ("adalora", "dora", "hira", "ia3", "lora", "norm", "vera", *LINEAR_ONLY)
+    for name in ("adalora", "dora", "hira", "ia3", "lora", "norm", "unilora", "vblora", "vera", *LINEAR_ONLY)
     for family in ON
     if (name, family) not in [(linear, "gpt2") for linear in LINEAR_ONLY]
 ]
@@ -121,6 +151,9 @@ def test_we_write_and_peft_computes_the_same(name: str, on: str, tmp_path: Path)
         ("lora_magnitude_vector.weight", "lora_magnitude_vector"),
     ):
         their_grads = {key.replace(in_memory, in_files): grad for key, grad in their_grads.items()}
+    # What all maps share peft lists under the first of them.
+    shared = re.compile(r"base_model\..*\.(vblora_vector_bank|unilora_theta_d)")
+    their_grads = {shared.sub(r"base_model.\1", key): grad for key, grad in their_grads.items()}
     # What peft trains unasked: a classifier beside prompts; the number of AdaLoRA's ranks.
     unasked = ("classifier", "ranknum")
     their_grads = {key: grad for key, grad in their_grads.items() if not any(word in key for word in unasked)}
@@ -163,6 +196,30 @@ def test_an_approximate_rotation_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(family.model(), config).save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match="use_cayley_neumann"):
         veneer.Base(family.model()).load(tmp_path, "a")
+
+
+def test_a_final_choice_of_vectors_goes_both_ways(tmp_path: Path) -> None:
+    """peft's save_only_topk_weights."""
+    family = FAMILIES["llama"]
+    ours = ours_on("vblora", family)
+    with torch.no_grad():
+        for _, parameter in ours.named_parameters():
+            parameter.copy_(parameter.float())  # files are read as float32
+        trained, plain = run(ours, family.inputs), run(ours.base.model, family.inputs)
+        ours.settle()
+        assert ours.trainable == 6 * 8  # the bank
+        settled = run(ours, family.inputs)
+        assert off(settled, trained) < EXACT
+        assert off(settled, plain) > 1e-3
+    ours.float().save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(family.model(), tmp_path / "ours").double().eval()
+    with torch.no_grad():
+        assert off(run(theirs, family.inputs), settled) < 1e-6  # peft has weights' logarithms, in float32
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = veneer.Base(family.model()).load(tmp_path / "theirs", "again").double()
+    assert again.method.final
+    with torch.no_grad():
+        assert off(run(again, family.inputs), settled) < 1e-6
 
 
 def test_a_prefix_peft_would_misread_is_not_called_pefts(tmp_path: Path) -> None:

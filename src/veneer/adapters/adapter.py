@@ -15,7 +15,7 @@ from veneer.adapters.plan import Plan
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
-from veneer.bases.weights import parameters_of, stored
+from veneer.bases.weights import parameters_of, put, stored
 from veneer.deltas import Delta, Flow, Replace, Stack
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
@@ -212,7 +212,7 @@ class Adapter(Trainable):
                 raise AdapterError(f"{path}: {error} Keep the adapter beside the base instead.") from error
             for name, value in merged.items():
                 own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
-                module._parameters[name] = nn.Parameter(own, requires_grad=module._parameters[name].requires_grad)  # type: ignore[union-attr]
+                put(module, name, own)
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return base.model

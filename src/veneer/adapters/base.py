@@ -121,7 +121,7 @@ class Base(Pretrained):
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
         weights = BaseWeights(self.model)
-        fresh = {site.path: method.parameters(site, generator, weights) for site in sites}
+        fresh = method.initial(sites, generator, weights)
         values, shared = method.started(fresh, method.shared(sites, generator, weights), trained)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
         adapter.train(self.model.training)

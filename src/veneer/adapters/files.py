@@ -32,6 +32,7 @@ from veneer.bases.weights import parameters_of
 from veneer.deltas import Replace
 from veneer.errors import AdapterError, AdapterFileError, BaseMismatch, OutputError, VeneerError, VeneerWarning
 from veneer.methods import Method, method_class, method_from_config
+from veneer.methods.peft_config import as_told
 from veneer.methods.registry import method_for_peft
 from veneer.storage import new_folder, sha256, write_json, write_text
 
@@ -313,6 +314,8 @@ def _method(
     # peft's own list of targets may name modules this base lacks; the tensors say where the adapter acts.
     prefixes = {key.removeprefix(PREFIX).rsplit(".", parts)[0] for key in state for parts in (1, 2)}
     sites = [site for site in base.sites.everything if site.path in prefixes]
+    if not sites:  # nothing is kept by map
+        return as_told(cls, config)
     return cls.from_peft({**config, "target_modules": base.sites.shortest_names(sites)})
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from veneer.bases import factored
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.pretrained import Pretrained
 from veneer.bases.quiet import quiet
+from veneer.bases.sites import backbone
 from veneer.errors import BaseError, FetchError, VeneerError, did_you_mean
 from veneer.packages import offline as no_network
 
@@ -57,12 +59,15 @@ def load_pretrained(
             if not weights:
                 with torch.device("meta"):
                     model = cls.from_config(settings, dtype=_dtype(dtype, settings, device))
+                    factored.install(backbone(model), getattr(settings, factored.RANKS, {}))
                 return Pretrained(model, _tokenizer(source, where), name=str(name))
             if "gguf_file" in where:
                 options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            model, info = cls.from_pretrained(
-                source, dtype=_dtype(dtype, settings, device), output_loading_info=True, **options
-            )
+            options["dtype"] = _dtype(dtype, settings, device)
+            if hasattr(settings, factored.RANKS):
+                model, info = factored.load(cls, source, settings, **options)
+            else:
+                model, info = cls.from_pretrained(source, output_loading_info=True, **options)
     except VeneerError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -212,5 +217,5 @@ def _tokenizer(source: str, where: dict[str, Any]) -> Any:
         if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked; labels are made from rows, not from it
         return tokenizer
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # vision and speech bases have none; tasks that need one say so

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from veneer.bases.factored import FactoredLinear
+
 if TYPE_CHECKING:
     from veneer.bases.site import Site
 
@@ -20,7 +22,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters by name, the weight as ``[out, in]``."""
+    """A module's own parameters by name, the weight as ``[out, in]``; of a factored map, the product of its factors."""
+    if isinstance(module, FactoredLinear):
+        own = {"weight": module.weight, "bias": module.bias}
+        return {name: value for name, value in own.items() if value is not None}
     found = {name: value for name, value in module._parameters.items() if value is not None}
     return stored(module, found)
 
@@ -30,6 +35,15 @@ def stored(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     if is_transposed(module) and "weight" in values:
         return {**values, "weight": values["weight"].mT}
     return dict(values)
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a parameter of this value, as it stores it, that takes a gradient if its own does."""
+    if isinstance(module, FactoredLinear) and name == "weight":
+        module.be_dense(nn.Parameter(value, requires_grad=module.weight.requires_grad))
+        return
+    own = module._parameters[name]
+    module._parameters[name] = nn.Parameter(value, requires_grad=own is not None and own.requires_grad)
 
 
 def weight_of(site: Site, value: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "Talk with a base and its adapters, switch between them, compare them.",
     "merge": "Fold an adapter into its base and write the whole model.",
     "export": "Write an adapter as another method's, for those who read only that.",
+    "factorize": "Write a smaller base: each linear map as two thin ones.",
     "lr-find": "Find a learning rate by raising it until the loss explodes.",
     "sweep": "Search config keys for the lowest validation loss.",
     "doctor": "Check this machine, and train a tiny model on it.",

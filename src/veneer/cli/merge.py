@@ -23,6 +23,7 @@ def merge_(adapter: Path, output: Path, *, base_model: str | None = None) -> Non
     base_model
         Where to find the base, if not where the adapter says.
     """
+    from veneer.bases.factored import write
     from veneer.bases.quiet import quiet
     from veneer.cli.output import console
     from veneer.errors import OutputError
@@ -34,7 +35,5 @@ def merge_(adapter: Path, output: Path, *, base_model: str | None = None) -> Non
     loaded = load_adapter(adapter, base=base_model)
     model = loaded.merged()
     with new_folder(output) as folder, quiet():
-        model.save_pretrained(folder)  # type: ignore[operator]
-        if loaded.base.tokenizer is not None:
-            loaded.base.tokenizer.save_pretrained(folder)
+        write(model, loaded.base.tokenizer, folder)
     console.print(f"{adapter} merged into {loaded.base.name} → {output}")

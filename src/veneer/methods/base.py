@@ -166,6 +166,12 @@ class Method(BaseModel):
         """Initial values of its parameters at a site, by name: float32, trained unless `fixed`; or integers."""
         return {}
 
+    def initial(
+        self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights
+    ) -> dict[str, dict[str, Tensor]]:
+        """`parameters` at all its sites, by path; for overriding where those of one site depend on the other sites."""
+        return {site.path: self.parameters(site, generator, base) for site in sites}
+
     def fixed(self) -> Container[str]:
         """Names of parameters that are not trained, but kept in the adapter's files."""
         return ()

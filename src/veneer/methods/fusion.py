@@ -25,7 +25,7 @@ from veneer.bases import SiteMap
 from veneer.deltas import Delta
 from veneer.deltas import Fusion as FusionDelta
 from veneer.errors import TargetError
-from veneer.methods.base import BaseWeights, Course, Lowering, Method, Trained
+from veneer.methods.base import Course, Lowering, Method, Trained
 from veneer.methods.mix import Member
 from veneer.methods.mixture import Junction, Mixture, key_of, parameters_of
 
@@ -97,11 +97,10 @@ class Fusion(Mixture):
                 )
         return found
 
-    def parameters(self, site: Junction, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
-        """The adapters' parameters; queries and keys normal(0.02), the identity for values, biases zero."""
+    def own(self, site: Junction, generator: torch.Generator) -> dict[str, Tensor]:
+        """Queries and keys normal(0.02), the identity for values, biases zero."""
         d = site.members[0][1].out_features
         return {
-            **super().parameters(site, generator, base),
             "query.weight": torch.randn(d, d, generator=generator) * 0.02,
             "query.bias": torch.zeros(d),
             "key.weight": torch.randn(d, d, generator=generator) * 0.02,

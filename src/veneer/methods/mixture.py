@@ -69,13 +69,19 @@ class Mixture(Method):
             for name, value in method.shared(_of(index, sites), generator, base).items()
         }
 
-    def parameters(self, site: Junction, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
-        """Those of each method that acts here."""
-        return {
-            key_of(index, name): value
-            for index, own in site.members
-            for name, value in self.members()[index].parameters(own, generator, base).items()
-        }
+    def initial(
+        self, sites: Sequence[Junction], generator: torch.Generator, base: BaseWeights
+    ) -> dict[str, dict[str, Tensor]]:
+        """Those of each method, and the mixture's own."""
+        values = {junction.path: self.own(junction, generator) for junction in sites}
+        for index, method in enumerate(self.members()):
+            for path, its in method.initial(_of(index, sites), generator, base).items():
+                values[path] |= {key_of(index, name): value for name, value in its.items()}
+        return values
+
+    def own(self, site: Junction, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initial values of parameters of the mixture itself, beside the methods'."""
+        return {}
 
     def fixed(self) -> Container[str]:
         """Those of each method."""

@@ -66,14 +66,22 @@ def from_peft(config: Any) -> Method:
             f"peft's {peft_type} config asks for what method {cls.name!r} does not do: {', '.join(told)}. "
             f"`veneer methods {cls.name}` shows its settings."
         )
-    if issubclass(cls, Targeted):
-        values["target_modules"] = _targets(values.get("target_modules"))
     try:
-        method = cls.from_peft(values)
+        return as_told(cls, values)
     except AdapterFileError as error:
         raise ConfigError(f"{error} `veneer methods {cls.name}` shows what it does.") from error
-    if not isinstance(method, Targeted):
-        return method
+
+
+def as_told(cls: type[Method], values: Mapping[str, Any]) -> Method:
+    """The method of this class that a config's values describe, acting where they say.
+
+    Raises:
+        AdapterFileError: they ask for something it does not do.
+        ConfigError: they pick layers that are no slice.
+    """
+    if not issubclass(cls, Targeted):
+        return cls.from_peft(values)
+    method = cls.from_peft({**values, "target_modules": _targets(values.get("target_modules"))})
     exclude = values.get("exclude_modules") or ()
     narrowed = {
         "exclude": (_pattern(exclude),) if isinstance(exclude, str) else tuple(sorted(exclude)),

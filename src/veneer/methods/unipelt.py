@@ -24,7 +24,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, KeyValues, MeanGate, Opening, Stack
 from veneer.errors import TargetError
-from veneer.methods.base import BaseWeights, Lowering, Method, around_module
+from veneer.methods.base import Lowering, Method, around_module
 from veneer.methods.lora import LoRA
 from veneer.methods.mixture import Junction, Mixture, key_of, parameters_of
 from veneer.methods.pfeiffer import Pfeiffer
@@ -87,9 +87,9 @@ class UniPELT(Mixture):
             if not (sites.is_cross_attention(junction.path) and isinstance(junction.members[0][1], Site))
         ]
 
-    def parameters(self, site: Junction, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
-        """The three's own, and a gate for each."""
-        own = super().parameters(site, generator, base)
+    def own(self, site: Junction, generator: torch.Generator) -> dict[str, Tensor]:
+        """A gate for each of the three."""
+        own: dict[str, Tensor] = {}
         for index, member in site.members:
             width = member.in_features if isinstance(member, Site) else member.width
             own[key_of(index, "gate.weight")] = torch.randn(width, generator=generator) * 0.02
