@@ -206,6 +206,7 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         _method(cls, config, record, base, [key for key in state if not _is_in_full(key, in_full)]),
         name or _name(path),
         task=record.get("task", {"peft_task_type": config.get("task_type")}),
+        loading=True,
     )
     adapter.record = dict(record.get("training", {}))
     try:

@@ -1,15 +1,16 @@
 """Virtual tokens: placeholders put into the input ids, overwritten at the embedding.
 
-Each row gets its own number of them, before its first real token; mask, positions and labels follow, and the
-logits at the placeholders are dropped again. During generation they are put in at the first step; later steps
-only have their masks and positions moved along with the cache. In an encoder-decoder they go into the encoder's
-input, and the decoder's view of the encoder is widened to match.
+Each row gets its own number of them, before its first real token and in the place of its markers; mask, positions and
+labels follow, and the logits at the placeholders are dropped again (a marker has those at the last of its own). During
+generation they are put in at the first step; later steps only have their masks and positions moved along with the
+cache. In an encoder-decoder they go into the encoder's input, and the decoder's view of the encoder is widened to match.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,7 @@ class TokenHooks:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        self._slots: Tensor | None = None
-        self._real: Tensor | None = None
+        self._layout: Layout | None = None
         self._embeddings: Tensor | None = None
         self._written = False
 
@@ -47,7 +47,7 @@ class TokenHooks:
 
     def insert(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put in placeholders; move mask, labels and positions along."""
-        self._slots, self._written = None, False
+        self._layout, self._written = None, False
         if self.execution.plan.tokens is None:
             return None
         signature = inspect.signature(reader.forward)
@@ -66,20 +66,14 @@ class TokenHooks:
         mask = given.get("attention_mask")
         if mask is None:
             mask = ids.new_ones(len(ids), ids.shape[1] + max(seen - _longest(rows), 0))
-        first = mask.long().argmax(-1).tolist()  # of the real tokens, in each row
-
-        def inserted(values: Tensor, fill: Any, pad: Any) -> Tensor:
-            return _inserted(values, rows, first, fill, pad, left=left)
-
-        given["attention_mask"] = inserted(mask, 1, 0)
+        given["attention_mask"] = Layout.of(mask, rows, left=left).placed(mask, 1, 0)
         if seen == 0:
-            nothing = torch.zeros_like(ids, dtype=torch.bool)
-            self._slots, self._real = inserted(nothing, True, False), inserted(~nothing, False, False)
+            self._layout = layout = Layout.of(mask, rows, ids, left=left)
             self._embeddings = torch.cat([row.embeddings for row in rows if row is not None])
-            given["input_ids"] = inserted(ids, _not_padding(reader), int(ids[0, 0]))
+            given["input_ids"] = layout.placed(ids, _not_padding(reader), int(ids[0, 0]))
             for name, fill in (("labels", _IGNORED), ("token_type_ids", 0)):
                 if isinstance(given.get(name), Tensor) and given[name].shape == ids.shape:
-                    given[name] = inserted(given[name], fill, fill)
+                    given[name] = layout.placed(given[name], fill, fill)
         if given.get("position_ids") is not None or (left and "position_ids" in signature.parameters):
             places = (given["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
             given["position_ids"] = places[:, -given["input_ids"].shape[1] :]
@@ -87,8 +81,11 @@ class TokenHooks:
 
     def overwrite(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """The virtual tokens' embeddings in the placeholders' places."""
-        slots, ids = self._slots, args[0]
-        if slots is None or self._embeddings is None or ids.shape not in (slots.shape, slots.T.shape):
+        layout, ids = self._layout, args[0]
+        if layout is None or self._embeddings is None:
+            return None
+        slots = layout.slots
+        if ids.shape not in (slots.shape, slots.T.shape):
             return None
         self._written = True
         values = self._embeddings.to(output.dtype)
@@ -98,14 +95,13 @@ class TokenHooks:
 
     def drop(self, reader: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the placeholders' logits out again."""
-        slots, real, self._slots = self._slots, self._real, None
-        if slots is not None and output is not None and not self._written:
+        layout, self._layout = self._layout, None
+        if layout is not None and output is not None and not self._written:
             raise AdapterError(f"{type(reader).__name__} reads its ids in a way that virtual tokens don't reach.")
         logits = getattr(output, "logits", None)
-        if slots is None or real is None or logits is None or logits.dim() != 3 or logits.shape[1] != slots.shape[1]:
+        if layout is None or logits is None or logits.dim() != 3 or logits.shape[1] != layout.slots.shape[1]:
             return None
-        order = real.long().argsort(dim=-1, descending=True, stable=True)[:, : int(real[0].sum())]
-        output["logits"] = logits.gather(1, order[..., None].expand(-1, -1, logits.shape[-1]))
+        output["logits"] = logits.gather(1, layout.places[..., None].expand(-1, -1, logits.shape[-1]))
         return output
 
     def widen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,8 +112,7 @@ class TokenHooks:
         rows, mask = self._rows(len(states)), kwargs.get("encoder_attention_mask")
         if mask is None:
             mask = torch.ones(len(states), states.shape[1] - _longest(rows), dtype=torch.long, device=states.device)
-        first = mask.long().argmax(-1).tolist()
-        return args, {**kwargs, "encoder_attention_mask": _inserted(mask, rows, first, 1, 0, left=False)}
+        return args, {**kwargs, "encoder_attention_mask": Layout.of(mask, rows, left=False).placed(mask, 1, 0)}
 
     def _rows(self, seen: int) -> list[Tokens | None]:
         """The virtual tokens of each row the module sees."""
@@ -134,18 +129,79 @@ def _not_padding(reader: nn.Module) -> int:
 
 
 def _longest(rows: Sequence[Tokens | None]) -> int:
-    return max(len(row) for row in rows if row is not None)
+    """By how much the row that grows most grows."""
+    return max(row.growth for row in rows if row is not None)
 
 
-def _inserted(
-    values: Tensor, rows: Sequence[Tokens | None], first: Sequence[int], fill: Any, pad: Any, *, left: bool
-) -> Tensor:
-    """``values`` ``[rows, n]`` with each row's placeholders before its first real token, padded to one length."""
-    longest = _longest(rows)
-    result = []
-    for row, tokens, start in zip(values, rows, first, strict=True):
-        length = len(tokens) if tokens is not None else 0
-        padding = row.new_full((longest - length,), pad)
-        filled = torch.cat([row[:start], row.new_full((length,), fill), row[start:]])
-        result.append(torch.cat([padding, filled] if left else [filled, padding]))
-    return torch.stack(result)
+@dataclass(frozen=True)
+class Layout:
+    """Where what was in the rows comes to stand.
+
+    Attributes:
+        places: ``[rows, n]``, of each position in its row; of a marker, where the last of its virtual tokens stands.
+        stays: ``[rows, n]``, whether it still stands there: all but markers do.
+        within: ``[rows, n + growth]``, what belongs to the row, virtual tokens and all; the rest makes them equally long.
+    """
+
+    places: Tensor
+    stays: Tensor
+    within: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, rows: Sequence[Tokens | None], ids: Tensor | None = None, *, left: bool) -> Layout:
+        """Of rows with this mask, lengthened on their left or right.
+
+        Args:
+            mask: ``[rows, n]``, zero at padding.
+            rows: each row's virtual tokens.
+            ids: ``[rows, n]``, to find markers in. Without them all a row grows by stands before its first real token,
+                which is the same to a mask: markers are among the real tokens.
+            left: where the rows are padded to one length.
+
+        Raises:
+            AdapterError: a row has fewer markers than slots.
+        """
+        before = [0 if row is None else row.growth if ids is None else row.leading for row in rows]
+        growth = torch.tensor([0 if row is None else row.growth for row in rows], device=mask.device)[:, None]
+        taken, stays = torch.ones_like(mask, dtype=torch.long), torch.ones_like(mask, dtype=torch.bool)
+        if ids is not None:
+            for index, row in enumerate(rows):
+                if row is not None and row.slots:
+                    found = _markers(index, ids[index], mask[index], row)
+                    taken[index, found] = torch.tensor(row.slots, device=mask.device)
+                    stays[index, found] = False
+        first = mask.long().argmax(-1, keepdim=True)  # of the real tokens, in each row
+        taken.scatter_add_(1, first, torch.tensor(before, device=mask.device)[:, None])
+        longest = _longest(rows)
+        start = longest - growth if left else torch.zeros_like(growth)
+        width = torch.arange(mask.shape[1] + longest, device=mask.device)
+        within = (width >= start) & (width < start + mask.shape[1] + growth)
+        return cls(taken.cumsum(-1) - 1 + start, stays, within)
+
+    @property
+    def slots(self) -> Tensor:
+        """Where virtual tokens stand, ``[rows, n + growth]``."""
+        return self.placed(torch.zeros_like(self.stays), True, False)
+
+    def placed(self, values: Tensor, fill: Any, pad: Any) -> Tensor:
+        """Values ``[rows, n]`` in their places, with others at virtual tokens and beyond the row."""
+        result = torch.where(self.within, fill, pad).to(values.dtype)
+        row = torch.arange(len(values), device=values.device)[:, None].expand_as(self.places)
+        result[row[self.stays], self.places[self.stays]] = values[self.stays]
+        return result
+
+
+def _markers(index: int, ids: Tensor, mask: Tensor, row: Tokens) -> Tensor:
+    """Where in a row its slots are."""
+    real = mask.bool()
+    found = ((ids == row.marker) & real).nonzero()[:, 0][: len(row.slots)]
+    if len(found) < len(row.slots):
+        raise AdapterError(
+            f"Row {index} of the batch has {len(found)} of the {len(row.slots)} markers (token {int(row.marker)}) that "  # type: ignore[arg-type]
+            "the adapter's virtual tokens stand at; put them into its text, as it was trained."
+        )
+    if not real[int(real.long().argmax()) :][: int(real.sum())].all():
+        raise AdapterError(
+            f"Row {index} of the batch has gaps in its attention_mask, and virtual tokens at slots need none."
+        )
+    return found

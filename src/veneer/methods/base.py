@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,9 +23,15 @@ class BaseWeights:
 
     Attributes:
         model: the base.
+        tokenizer: its tokenizer, or None where there is none.
+        task: what the adapter is for, as a plain mapping (template, labels …); empty where that is not known yet.
+        loading: the values asked for are overwritten by those of a file next: their shapes are all that matters.
     """
 
     model: nn.Module
+    tokenizer: Any = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+    loading: bool = False
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """The base's own parameters at a site, weights as ``[…, out, in]``."""
@@ -40,7 +46,7 @@ class Lowering(BaseWeights):
         training: whether the adapter is in training mode.
     """
 
-    training: bool
+    training: bool = field(kw_only=True)
 
 
 class Course:
