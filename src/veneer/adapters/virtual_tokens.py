@@ -3,19 +3,19 @@
 Each row gets its own number of them, before its first real token and in the place of its markers; mask, positions and
 labels follow, and the logits at the placeholders are dropped again (a marker has those at the last of its own). During
 generation they are put in at the first step; later steps only have their masks and positions moved along with the
-cache. In an encoder-decoder they go into the encoder's input, and the decoder's view of the encoder is widened to match.
+cache. In an encoder-decoder they go into the encoder's input, and the decoder's view of the encoder is widened.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.layout import Layout, longest
 from veneer.deltas import Tokens
 from veneer.errors import AdapterError
 
@@ -65,15 +65,15 @@ class TokenHooks:
         left = last or getattr(reader.config, "summary_type", None) == "last"
         mask = given.get("attention_mask")
         if mask is None:
-            mask = ids.new_ones(len(ids), ids.shape[1] + max(seen - _longest(rows), 0))
+            mask = ids.new_ones(len(ids), ids.shape[1] + max(seen - longest(rows), 0))
         given["attention_mask"] = Layout.of(mask, rows, left=left).placed(mask, 1, 0)
         if seen == 0:
             self._layout = layout = Layout.of(mask, rows, ids, left=left)
             self._embeddings = torch.cat([row.embeddings for row in rows if row is not None])
             given["input_ids"] = layout.placed(ids, _not_padding(reader), int(ids[0, 0]))
-            for name, fill in (("labels", _IGNORED), ("token_type_ids", 0)):
+            for name, fill, pad in (("labels", _IGNORED, _IGNORED), ("token_type_ids", None, 0)):
                 if isinstance(given.get(name), Tensor) and given[name].shape == ids.shape:
-                    given[name] = layout.placed(given[name], fill, fill)
+                    given[name] = layout.placed(given[name], fill, pad)
         if given.get("position_ids") is not None or (left and "position_ids" in signature.parameters):
             places = (given["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
             given["position_ids"] = places[:, -given["input_ids"].shape[1] :]
@@ -111,7 +111,7 @@ class TokenHooks:
             return None
         rows, mask = self._rows(len(states)), kwargs.get("encoder_attention_mask")
         if mask is None:
-            mask = torch.ones(len(states), states.shape[1] - _longest(rows), dtype=torch.long, device=states.device)
+            mask = torch.ones(len(states), states.shape[1] - longest(rows), dtype=torch.long, device=states.device)
         return args, {**kwargs, "encoder_attention_mask": Layout.of(mask, rows, left=False).placed(mask, 1, 0)}
 
     def _rows(self, seen: int) -> list[Tokens | None]:
@@ -126,82 +126,3 @@ class TokenHooks:
 def _not_padding(reader: nn.Module) -> int:
     """An id that no mask or pooling takes for padding."""
     return 0 if getattr(getattr(reader, "config", None), "pad_token_id", None) != 0 else 1
-
-
-def _longest(rows: Sequence[Tokens | None]) -> int:
-    """By how much the row that grows most grows."""
-    return max(row.growth for row in rows if row is not None)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where what was in the rows comes to stand.
-
-    Attributes:
-        places: ``[rows, n]``, of each position in its row; of a marker, where the last of its virtual tokens stands.
-        stays: ``[rows, n]``, whether it still stands there: all but markers do.
-        within: ``[rows, n + growth]``, what belongs to the row, virtual tokens and all; the rest makes them equally long.
-    """
-
-    places: Tensor
-    stays: Tensor
-    within: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor, rows: Sequence[Tokens | None], ids: Tensor | None = None, *, left: bool) -> Layout:
-        """Of rows with this mask, lengthened on their left or right.
-
-        Args:
-            mask: ``[rows, n]``, zero at padding.
-            rows: each row's virtual tokens.
-            ids: ``[rows, n]``, to find markers in. Without them all a row grows by stands before its first real token,
-                which is the same to a mask: markers are among the real tokens.
-            left: where the rows are padded to one length.
-
-        Raises:
-            AdapterError: a row has fewer markers than slots.
-        """
-        before = [0 if row is None else row.growth if ids is None else row.leading for row in rows]
-        growth = torch.tensor([0 if row is None else row.growth for row in rows], device=mask.device)[:, None]
-        taken, stays = torch.ones_like(mask, dtype=torch.long), torch.ones_like(mask, dtype=torch.bool)
-        if ids is not None:
-            for index, row in enumerate(rows):
-                if row is not None and row.slots:
-                    found = _markers(index, ids[index], mask[index], row)
-                    taken[index, found] = torch.tensor(row.slots, device=mask.device)
-                    stays[index, found] = False
-        first = mask.long().argmax(-1, keepdim=True)  # of the real tokens, in each row
-        taken.scatter_add_(1, first, torch.tensor(before, device=mask.device)[:, None])
-        longest = _longest(rows)
-        start = longest - growth if left else torch.zeros_like(growth)
-        width = torch.arange(mask.shape[1] + longest, device=mask.device)
-        within = (width >= start) & (width < start + mask.shape[1] + growth)
-        return cls(taken.cumsum(-1) - 1 + start, stays, within)
-
-    @property
-    def slots(self) -> Tensor:
-        """Where virtual tokens stand, ``[rows, n + growth]``."""
-        return self.placed(torch.zeros_like(self.stays), True, False)
-
-    def placed(self, values: Tensor, fill: Any, pad: Any) -> Tensor:
-        """Values ``[rows, n]`` in their places, with others at virtual tokens and beyond the row."""
-        result = torch.where(self.within, fill, pad).to(values.dtype)
-        row = torch.arange(len(values), device=values.device)[:, None].expand_as(self.places)
-        result[row[self.stays], self.places[self.stays]] = values[self.stays]
-        return result
-
-
-def _markers(index: int, ids: Tensor, mask: Tensor, row: Tokens) -> Tensor:
-    """Where in a row its slots are."""
-    real = mask.bool()
-    found = ((ids == row.marker) & real).nonzero()[:, 0][: len(row.slots)]
-    if len(found) < len(row.slots):
-        raise AdapterError(
-            f"Row {index} of the batch has {len(found)} of the {len(row.slots)} markers (token {int(row.marker)}) that "  # type: ignore[arg-type]
-            "the adapter's virtual tokens stand at; put them into its text, as it was trained."
-        )
-    if not real[int(real.long().argmax()) :][: int(real.sum())].all():
-        raise AdapterError(
-            f"Row {index} of the batch has gaps in its attention_mask, and virtual tokens at slots need none."
-        )
-    return found
