@@ -68,16 +68,18 @@ class Prompt(VirtualTokens):
             return {TABLE: torch.zeros(self.length, site.out_features)}
         if self.init == "random":
             return {TABLE: torch.rand(self.length, site.out_features, generator=generator) - 0.5}
-        ids = torch.randint(site.in_features, (self.length,), generator=generator)
-        words = [[drawn] for drawn in ids.tolist()]
+        drawn = torch.randint(site.in_features, (self.length,), generator=generator)
+        words = [[token] for token in drawn.tolist()]
         if self.init == "text":
             tokens = self._tokens(str(self.text), base)
             words = [[tokens[place % len(tokens)]] for place in range(self.length)]
         if self.init == "class-labels":
             labels = [self._tokens(label, base) for label in self._labels(base)]
             words = [*labels, *words][: self.length]
-        weight = base.model.get_parameter(f"{site.path}.weight").detach()
-        rows = [widened(weight[torch.tensor(tokens, device=weight.device)]).mean(0) for tokens in words]
+        embedding = base.model.get_submodule(site.path)
+        device = next(embedding.parameters()).device
+        with torch.no_grad():  # its forward, not a call: an adapter in use acts on those; some scale their rows
+            rows = [widened(embedding.forward(torch.tensor(ids, device=device))).mean(0) for ids in words]
         return {TABLE: torch.stack(rows).cpu()}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
