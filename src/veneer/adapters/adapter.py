@@ -15,7 +15,7 @@ from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import bare, parameters_of, stored, weight_of
-from veneer.deltas import AtParameter, Delta, Replace, Stack, Tokens
+from veneer.deltas import AtParameter, Delta, KeyValues, Replace, Stack, Tokens
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
 
@@ -225,6 +225,13 @@ class Adapter(Trainable):
             )
         with self.acting():
             return self.base.backbone(*args, **kwargs)
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a row it takes for itself: those of a prefix and of virtual tokens."""
+        deltas = self.lower(training=False).values()
+        prefixes = [len(delta) for delta in deltas if isinstance(delta, KeyValues)]
+        return max(prefixes, default=0) + sum(delta.growth for delta in deltas if isinstance(delta, Tokens))
 
     @functools.cached_property
     def _adds_tokens(self) -> bool:
