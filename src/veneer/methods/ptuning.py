@@ -47,7 +47,7 @@ class PTuning(VirtualTokens):
 
     name: ClassVar[str] = "ptuning"
     summary: ClassVar[str] = "virtual tokens from a small network, anywhere in the input"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "P_TUNING"
     peft_names: ClassVar[Mapping[str, str]] = {
         "num_virtual_tokens": "length",
@@ -91,7 +91,7 @@ class PTuning(VirtualTokens):
 
     def rate(self, name: str) -> float:
         """The virtual tokens themselves want a higher one."""
-        return 30.0 if name == TABLE else 1.0
+        return 3.0 if name == TABLE else 1.0
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The embeddings, as the network makes them."""
