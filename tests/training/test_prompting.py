@@ -11,7 +11,7 @@ import torch
 import veneer
 from helpers import write_jsonl
 from veneer.adapters.verify import verify
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 from veneer.methods import Method, method_class
 from veneer.tasks.sequence_classification import SequenceClassification
 from veneer.training import RunConfig, run
@@ -68,3 +68,18 @@ def test_no_position_is_left() -> None:
     method: Method = method_class("prompt")(length=511)
     with pytest.raises(ConfigError, match="at most 1 are left"):
         veneer.train(base.attach(method), ROWS)
+
+
+def test_rows_without_markers_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    rows = [{**row, "text": f"[MASK] {row['text']}" if n != 5 else row["text"]} for n, row in enumerate(ROWS)]
+    config = RunConfig.parse(
+        {
+            "base": "minilm-l6",
+            "data": {"train": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "validation": 0},
+            "method": {"name": "ptuning", "length": 4, "slots": [3], "marker": "[MASK]"},
+            "output": tmp_path / "run",
+        }
+    )
+    with pytest.raises(DataError, match=r"1 of 24 examples have fewer markers \[MASK\] than the 1 slots .* line 6"):
+        run(config)
+    assert not list(tmp_path.glob("run/*"))
