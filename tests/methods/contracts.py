@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from families import MARKER
+
 from veneer.methods import Method, method_class
 
 
@@ -17,12 +19,14 @@ class Contract:
         identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
         merges: it folds into the base's weights wherever these have a place for it.
         detached: its gradient leaves a part out by definition, so that finite differences are not it.
+        method: its name, where a method has further contracts: other settings make it another thing.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     identity: Literal["bitwise", "rounding", "no"] = "bitwise"
     merges: bool = True
     detached: bool = False
+    method: str = ""
 
 
 CONTRACTS = {
@@ -43,7 +47,7 @@ CONTRACTS = {
     "loha": Contract({"rank": 2, "alpha": 3}),
     "lokr": Contract({"rank": 2, "alpha": 3}),
     "lora": Contract({"rank": 3, "alpha": 7}),
-    "mam": Contract({"length": 2, "bottleneck": 5}, identity="no", merges=False),
+    "mam": Contract({"length": 2, "mlp_width": 6, "bottleneck": 5}, identity="no", merges=False),
     "mix": Contract({"methods": [{"name": "lora", "rank": 2, "alpha": 5}, "ia3", {"name": "norm"}]}),
     "norm": Contract(),
     "oft": Contract({"block_size": 8}, identity="rounding"),
@@ -51,6 +55,12 @@ CONTRACTS = {
     "pfeiffer": Contract({"reduction": 6}, merges=False),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
+    "prefix-mlp": Contract({"length": 3, "mlp": True, "mlp_width": 5}, identity="no", merges=False, method="prefix"),
+    "ptuning": Contract({"length": 3}, identity="no", merges=False),
+    "ptuning-mlp": Contract({"length": 3, "encoder": "mlp"}, identity="no", merges=False, method="ptuning"),
+    "ptuning-slots": Contract(
+        {"length": 5, "slots": (3,), "marker": MARKER, "encoder": None}, identity="no", merges=False, method="ptuning"
+    ),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
     "rps": Contract({"bank_size": 64}),
     "shira": Contract({"rank": 2}),
@@ -63,4 +73,4 @@ CONTRACTS = {
 
 def method(name: str) -> Method:
     """The method with its contract's settings."""
-    return method_class(name)(**CONTRACTS[name].settings)
+    return method_class(CONTRACTS[name].method or name)(**CONTRACTS[name].settings)

@@ -22,7 +22,9 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 LLAMA = {**SMALL, **TEXT, "num_key_value_heads": 2}
+MARKER = 50
 IDS = torch.arange(2 * 7).view(2, 7) + 5
+IDS[:, 2] = MARKER  # where virtual tokens may stand
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
 
 

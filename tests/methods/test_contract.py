@@ -51,7 +51,7 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_every_method_has_a_contract() -> None:
-    assert set(CONTRACTS) == set(methods()) - {"head"}
+    assert {contract.method or name for name, contract in CONTRACTS.items()} == set(methods()) - {"head"}
 
 
 @pytest.mark.parametrize(("name", "family"), cells())

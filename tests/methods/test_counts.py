@@ -55,7 +55,7 @@ BART_LARGE = T.BartConfig()
         (T.T5ForConditionalGeneration, T0_3B, "ia3", {}, 540_672),
         (T.T5ForConditionalGeneration, T0_11B, "ia3", {}, 1_081_344),
         (T.BartModel, BART_LARGE, "prefix", {"length": 200}, 14_745_600),
-        (T.BartModel, BART_LARGE, "mam", {}, 27_414_528),
+        (T.BartModel, BART_LARGE, "mam", {"mlp": False}, 27_414_528),
         # the published numbers of the three, and four gates a layer
         (T.BertModel, T.BertConfig(), "unipelt", {}, 894_528 + 294_912 + 184_320 + 12 * 4 * 769),
         (T.T5ForConditionalGeneration, T5_BASE, "prompt", {"length": 100, "init": "random"}, 76_800),

@@ -99,11 +99,25 @@ def test_a_mix_keeps_the_courses_of_its_methods() -> None:
 
 
 def test_mam_is_a_prefix_and_a_parallel_adapter() -> None:
-    mam = attached("mam", "bart", length=2, bottleneck=3)
-    mix = attached("mix", "bart", methods=[{"name": "prefix", "length": 2}, {"name": "parallel", "bottleneck": 3}])
+    """Once trained, without the network that made the prefix, and to the same effect."""
+    mam = attached("mam", "bart", length=2, bottleneck=3, mlp_width=5).eval()
     perturb(mam)
-    values = mam.state_dict()
-    assert {key: value.shape for key, value in values.items()} == {k: v.shape for k, v in mix.state_dict().items()}
+    inputs = FAMILIES["bart"].inputs
+    with torch.no_grad():
+        before = run(mam, inputs)
+        mam.settle()
+        assert torch.allclose(run(mam, inputs), before, atol=1e-12)
+    mix = attached("mix", "bart", methods=[{"name": "prefix", "length": 2}, {"name": "parallel", "bottleneck": 3}])
+    assert {k: v.shape for k, v in mam.state_dict().items()} == {k: v.shape for k, v in mix.state_dict().items()}
+
+
+def test_two_methods_with_virtual_tokens() -> None:
+    """One after the other before the input; slots in the input are for one of them only."""
+    two = attached("mix", methods=[{"name": "prompt", "length": 2}, {"name": "prompt", "length": 3}])
+    one = attached("prompt", length=5)
+    with torch.no_grad():
+        next(one.parameters()).copy_(torch.cat(list(two.parameters())))
+        assert torch.equal(run(two, FAMILIES["llama"].inputs), run(one, FAMILIES["llama"].inputs))
 
 
 def test_a_parallel_adapter_reads_what_the_branch_reads() -> None:

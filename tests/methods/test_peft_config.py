@@ -60,7 +60,7 @@ def test_mappings_and_prompts() -> None:
     written = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]).to_dict()
     assert veneer.from_peft(written) == veneer.LoRA(rank=4, alpha=8, targets=("q_proj",))
     drawn = peft.PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB")
-    assert dict(veneer.from_peft(drawn)) == {"length": 4, "init": "vocabulary"}
+    assert veneer.from_peft(drawn) == method_class("prompt")(length=4, init="vocabulary")
     assert dict(veneer.from_peft({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}))["init"] == "random"
     assert veneer.from_peft(peft.PrefixTuningConfig(num_virtual_tokens=4)) == method_class("prefix")(length=4)
     ranks = peft.LoraConfig(rank_pattern={"q_proj": 2}, lora_bias=True, target_parameters=["experts.down_proj"])

@@ -16,7 +16,7 @@ from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import parameters_of, put, stored
-from veneer.deltas import Delta, Flow, Replace, Stack
+from veneer.deltas import Delta, Flow, Replace, Stack, Tokens
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
 from veneer.methods.base import Trained, around_module
@@ -110,7 +110,12 @@ class Adapter(Trainable):
         self, flow: Flow | None = None, *, training: bool | None = None, condition: Any = None
     ) -> dict[str, Delta]:
         """The deltas this adapter amounts to, by where they act, for a forward; in its own mode unless told which."""
-        step = Lowering(self.base.model, self.training if training is None else training, flow or Flow(), condition)
+        step = Lowering(
+            self.base.model,
+            training=self.training if training is None else training,
+            flow=flow or Flow(),
+            condition=condition,
+        )
         plan: dict[str, Delta] = {}
         for site in self.sites:
             delta = around_module(site, self.method.lower(site, self.parameters_at(site.path), step))
@@ -253,6 +258,13 @@ class Adapter(Trainable):
             )
         with self.acting():
             return self.base.backbone(*args, **kwargs)
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a row it takes for itself: those of a prefix and of virtual tokens."""
+        plan = Plan.of(self.lower(training=False))
+        prefixes = max((len(prefix) for prefix in plan.attention.values()), default=0)
+        return prefixes + (plan.tokens.growth if isinstance(plan.tokens, Tokens) else 0)
 
     @functools.cached_property
     def _adds_tokens(self) -> bool:

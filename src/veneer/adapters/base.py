@@ -96,6 +96,7 @@ class Base(Pretrained):
         modules: Mapping[str, Mapping[str, Tensor]] | None = None,
         task: Mapping[str, Any] | None = None,
         seed: int = 0,
+        loading: bool = False,
     ) -> Adapter:
         """Attach a new adapter.
 
@@ -105,6 +106,7 @@ class Base(Pretrained):
             modules: modules that run on parameters of the adapter's own (a head): path -> name -> initial value.
             task: what the adapter is for, to be kept in its files.
             seed: of its random initial values. The global random state is left alone.
+            loading: its values are overwritten by those of a file next, so that what they start from need not be there.
 
         Raises:
             AdapterError: the name is taken or not a name.
@@ -120,7 +122,7 @@ class Base(Pretrained):
         method = method.over([each.method for each in trained])
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
-        weights = BaseWeights(self.model)
+        weights = BaseWeights(self.model, self.tokenizer, task or {}, loading)
         fresh = method.initial(sites, generator, weights)
         values, shared = method.started(fresh, method.shared(sites, generator, weights), trained)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})

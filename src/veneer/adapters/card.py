@@ -48,10 +48,12 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
 
 def _method(adapter: Adapter) -> list[str]:
     settings = ", ".join(f"{key} {_said(value)}" for key, value in adapter.method.model_dump(mode="json").items())
-    of_base = f"{adapter.trainable_share:.3%} of the base's {adapter.base.parameter_count:,}"
+    trained = adapter.record.get("result", {}).get("trainable", adapter.trainable)
+    of_base = f"{trained / adapter.base.parameter_count:.3%} of the base's {adapter.base.parameter_count:,}"
+    kept = f"; {adapter.trainable:,} kept" if trained != adapter.trainable else ""
     return [
         f"{adapter.method.name}: {settings or 'no settings'}",
-        f"{adapter.trainable:,} numbers trained, {of_base}",
+        f"{trained:,} numbers trained, {of_base}{kept}",
         f"{adapter.nbytes / 1e6:.1f} MB, beside a base of {adapter.base.nbytes / 1e6:,.1f} MB",
     ]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from veneer.adapters.adapter import PREFIX, Adapter
@@ -207,6 +207,7 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         _method(cls, config, record, base, [key for key in state if not _is_in_full(key, in_full)]),
         name or _name(path),
         task=record.get("task", {"peft_task_type": config.get("task_type")}),
+        loading=True,
     )
     adapter.record = dict(record.get("training", {}))
     try:
@@ -230,6 +231,12 @@ def acts(adapter: Adapter) -> bool:
     model = adapter.base.model
     with torch.no_grad():
         return not deltas or any(d.changes(parameters_of(model.get_submodule(p))) for p, d in deltas.items())
+
+
+def restore(adapter: Adapter, folder: Path) -> None:
+    """Give an adapter the weights that `save` wrote of it; for what a run wrote itself, and knows to be intact."""
+    prefix = adapter.method.peft_prefix
+    adapter.load_state_dict({_under(PREFIX, key, prefix): value for key, value in load_file(folder / WEIGHTS).items()})
 
 
 def _name(path: Path) -> str:

@@ -1,9 +1,9 @@
 """Virtual tokens: placeholders put into the input ids, overwritten at the embedding.
 
-Each row gets its own number of them, before its first real token; mask, positions and labels follow, and the
-logits at the placeholders are dropped again. During generation they are put in at the first step; later steps
-only have their masks and positions moved along with the cache. In an encoder-decoder they go into the encoder's
-input, and the decoder's view of the encoder is widened to match.
+Each row gets its own number of them, before its first real token and in the place of its markers; mask, positions and
+labels follow, and the logits at the placeholders are dropped again (a marker has those at the last of its own). During
+generation they are put in at the first step; later steps only have their masks and positions moved along with the
+cache. In an encoder-decoder they go into the encoder's input, and the decoder's view of the encoder is widened.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.layout import Layout, longest
 from veneer.deltas import Tokens
 from veneer.errors import AdapterError
 
@@ -29,8 +30,7 @@ class TokenHooks:
 
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
-        self._slots: Tensor | None = None
-        self._real: Tensor | None = None
+        self._layout: Layout | None = None
         self._embeddings: Tensor | None = None
         self._written = False
 
@@ -47,7 +47,7 @@ class TokenHooks:
 
     def insert(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put in placeholders; move mask, labels and positions along."""
-        self._slots, self._written = None, False
+        self._layout, self._written = None, False
         if self.execution.plan.tokens is None:
             return None
         signature = inspect.signature(reader.forward)
@@ -65,21 +65,15 @@ class TokenHooks:
         left = last or getattr(reader.config, "summary_type", None) == "last"
         mask = given.get("attention_mask")
         if mask is None:
-            mask = ids.new_ones(len(ids), ids.shape[1] + max(seen - _longest(rows), 0))
-        first = mask.long().argmax(-1).tolist()  # of the real tokens, in each row
-
-        def inserted(values: Tensor, fill: Any, pad: Any) -> Tensor:
-            return _inserted(values, rows, first, fill, pad, left=left)
-
-        given["attention_mask"] = self.execution.flow.mask = inserted(mask, 1, 0)
+            mask = ids.new_ones(len(ids), ids.shape[1] + max(seen - longest(rows), 0))
+        given["attention_mask"] = self.execution.flow.mask = Layout.of(mask, rows, left=left).placed(mask, 1, 0)
         if seen == 0:
-            nothing = torch.zeros_like(ids, dtype=torch.bool)
-            self._slots, self._real = inserted(nothing, True, False), inserted(~nothing, False, False)
+            self._layout = layout = Layout.of(mask, rows, ids, left=left)
             self._embeddings = torch.cat([row.embeddings for row in rows if row is not None])
-            given["input_ids"] = inserted(ids, _not_padding(reader), int(ids[0, 0]))
-            for name, fill in (("labels", _IGNORED), ("token_type_ids", 0)):
+            given["input_ids"] = layout.placed(ids, _not_padding(reader), int(ids[0, 0]))
+            for name, fill, pad in (("labels", _IGNORED, _IGNORED), ("token_type_ids", None, 0)):
                 if isinstance(given.get(name), Tensor) and given[name].shape == ids.shape:
-                    given[name] = inserted(given[name], fill, fill)
+                    given[name] = layout.placed(given[name], fill, pad)
         if given.get("position_ids") is not None or (left and "position_ids" in signature.parameters):
             places = (given["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
             given["position_ids"] = places[:, -given["input_ids"].shape[1] :]
@@ -87,8 +81,11 @@ class TokenHooks:
 
     def overwrite(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """The virtual tokens' embeddings in the placeholders' places."""
-        slots, ids = self._slots, args[0]
-        if slots is None or self._embeddings is None or ids.shape not in (slots.shape, slots.T.shape):
+        layout, ids = self._layout, args[0]
+        if layout is None or self._embeddings is None:
+            return None
+        slots = layout.slots
+        if ids.shape not in (slots.shape, slots.T.shape):
             return None
         self._written = True
         values = self._embeddings.to(output.dtype)
@@ -98,14 +95,13 @@ class TokenHooks:
 
     def drop(self, reader: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the placeholders' logits out again."""
-        slots, real, self._slots = self._slots, self._real, None
-        if slots is not None and output is not None and not self._written:
+        layout, self._layout = self._layout, None
+        if layout is not None and output is not None and not self._written:
             raise AdapterError(f"{type(reader).__name__} reads its ids in a way that virtual tokens don't reach.")
         logits = getattr(output, "logits", None)
-        if slots is None or real is None or logits is None or logits.dim() != 3 or logits.shape[1] != slots.shape[1]:
+        if layout is None or logits is None or logits.dim() != 3 or logits.shape[1] != layout.slots.shape[1]:
             return None
-        order = real.long().argsort(dim=-1, descending=True, stable=True)[:, : int(real[0].sum())]
-        output["logits"] = logits.gather(1, order[..., None].expand(-1, -1, logits.shape[-1]))
+        output["logits"] = logits.gather(1, layout.places[..., None].expand(-1, -1, logits.shape[-1]))
         return output
 
     def widen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,9 +111,8 @@ class TokenHooks:
             return None
         rows, mask = self._rows(len(states)), kwargs.get("encoder_attention_mask")
         if mask is None:
-            mask = torch.ones(len(states), states.shape[1] - _longest(rows), dtype=torch.long, device=states.device)
-        first = mask.long().argmax(-1).tolist()
-        return args, {**kwargs, "encoder_attention_mask": _inserted(mask, rows, first, 1, 0, left=False)}
+            mask = torch.ones(len(states), states.shape[1] - longest(rows), dtype=torch.long, device=states.device)
+        return args, {**kwargs, "encoder_attention_mask": Layout.of(mask, rows, left=False).placed(mask, 1, 0)}
 
     def _rows(self, seen: int) -> list[Tokens | None]:
         """The virtual tokens of each row the module sees."""
@@ -131,21 +126,3 @@ class TokenHooks:
 def _not_padding(reader: nn.Module) -> int:
     """An id that no mask or pooling takes for padding."""
     return 0 if getattr(getattr(reader, "config", None), "pad_token_id", None) != 0 else 1
-
-
-def _longest(rows: Sequence[Tokens | None]) -> int:
-    return max(len(row) for row in rows if row is not None)
-
-
-def _inserted(
-    values: Tensor, rows: Sequence[Tokens | None], first: Sequence[int], fill: Any, pad: Any, *, left: bool
-) -> Tensor:
-    """``values`` ``[rows, n]`` with each row's placeholders before its first real token, padded to one length."""
-    longest = _longest(rows)
-    result = []
-    for row, tokens, start in zip(values, rows, first, strict=True):
-        length = len(tokens) if tokens is not None else 0
-        padding = row.new_full((longest - length,), pad)
-        filled = torch.cat([row[:start], row.new_full((length,), fill), row[start:]])
-        result.append(torch.cat([padding, filled] if left else [filled, padding]))
-    return torch.stack(result)

@@ -133,6 +133,12 @@ class SiteMap(Sequence[Site]):
             if "RotaryEmbedding" in type(module).__name__ or _counts_positions(path, module)
         ]
 
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions a row may have; None where any number will do, because none are learned."""
+        tables = [module for path in self.positions if isinstance(module := self._modules[path], nn.Embedding)]
+        return min((_counted(table) for table in tables), default=None)
+
     @cached_property
     def splits(self) -> Mapping[str, Split]:
         """The modules whose rows are run apart where their adapters differ, by path."""
@@ -289,6 +295,12 @@ def input_embedding_of(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):  # not transformers', or not a model of tokens
         return None
     return found if isinstance(found, nn.Embedding) else None
+
+
+def _counted(table: nn.Embedding) -> int:
+    """How many positions a table has, without the rows before the first (RoBERTa's, OPT's, BART's)."""
+    skipped = table.padding_idx + 1 if table.padding_idx is not None else int(getattr(table, "offset", 0))
+    return table.num_embeddings - skipped
 
 
 def _counts_positions(path: str, module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
     KeyValues   K ← [P_k; K],  V ← [P_v; V]     in one attention layer (prefix tuning, Li & Liang 2021, §4)
     Tokens      X ← [E; X]                      virtual tokens before the input (prompt tuning, Lester et al. 2021, §2)
+                X ← [E_0; X_1; E_1; X_2; E_2]   or at slots in it (P-tuning, Liu et al. 2021, §2)
 
 Attending to a prefix is a mixture of two attentions (He et al. 2022, eq. 7):
 
@@ -68,15 +69,35 @@ class KeyValues(Delta):
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Delta):
-    """Embeddings ``[l, width]`` of virtual tokens before the input."""
+    """Embeddings ``[l, width]`` of virtual tokens, in the order they stand in: before the input, and at its slots.
+
+    Attributes:
+        embeddings: all of them.
+        slots: how many stand in the place of each marker; the others stand before the input.
+        marker: the token id ``[]``, int64, that marks slots: its first occurrences in a row, one a slot, are replaced.
+    """
 
     embeddings: Tensor
+    slots: tuple[int, ...] = ()
+    marker: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.embeddings)
+    @property
+    def growth(self) -> int:
+        """How much longer a row becomes."""
+        return len(self.embeddings) - len(self.slots)
+
+    @property
+    def leading(self) -> int:
+        """How many stand before the input."""
+        return len(self.embeddings) - sum(self.slots)
 
     def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(torch.cat([self.embeddings, other.embeddings]))
+        if self.marker is not None and other.marker is not None:
+            raise AdapterError("Only one method of an adapter can put virtual tokens at slots in the input.")
+        both = (self, other)
+        parts = [one.embeddings[: one.leading] for one in both] + [one.embeddings[one.leading :] for one in both]
+        marker = self.marker if self.marker is not None else other.marker
+        return Tokens(torch.cat(parts), (*self.slots, *other.slots), marker)
 
 
 def padded(prefixes: Sequence[KeyValues | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,9 +24,15 @@ class BaseWeights:
 
     Attributes:
         model: the base.
+        tokenizer: its tokenizer, or None where there is none.
+        task: what the adapter is for, as a plain mapping (template, labels …); empty where that is not known yet.
+        loading: the values asked for are overwritten by those of a file next: their shapes are all that matters.
     """
 
     model: nn.Module
+    tokenizer: Any = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+    loading: bool = False
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """The base's own parameters at a site, weights as ``[…, out, in]``."""
@@ -43,8 +49,8 @@ class Lowering(BaseWeights):
         condition: what rows are told beside their input (the name of a task, or a vector), where the method asks it.
     """
 
-    training: bool
-    flow: Flow
+    training: bool = field(kw_only=True)
+    flow: Flow = field(kw_only=True)
     condition: Any = None
 
 

@@ -31,6 +31,10 @@ class MAM(Mixture):
 
     length: int = Field(30, ge=1)
     """How many keys and values the prefix has."""
+    mlp: bool = True
+    """Whether a network makes the prefix while it is trained."""
+    mlp_width: int = Field(800, ge=1)
+    """Of the network's hidden layer."""
     bottleneck: int = Field(512, ge=1)
     """Width m of the parallel adapter."""
     scale: float = Field(4.0, gt=0)
@@ -38,4 +42,5 @@ class MAM(Mixture):
 
     def members(self) -> Sequence[Method]:
         """The two."""
-        return Prefix(length=self.length), Parallel(bottleneck=self.bottleneck, scale=self.scale)
+        prefix = Prefix(length=self.length, mlp=self.mlp, mlp_width=self.mlp_width)
+        return prefix, Parallel(bottleneck=self.bottleneck, scale=self.scale)

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from veneer.adapters import Adapter
 from veneer.data import DataReport, Part
+from veneer.deltas import Tokens
 from veneer.errors import ConfigError, DataError
 from veneer.tasks import Checked, Prepared, Task, check_data
 from veneer.training.progress import duration, peak_memory, size
@@ -64,6 +65,7 @@ def preflight(
     for finding in checked.report.findings:
         console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
         console.print(finding.message, markup=False)
+    check_markers(adapter, checked)
     check_memory(adapter, checked.prepared[parts[0].name], settings)
     show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
     return checked
@@ -76,6 +78,26 @@ def refuse(report: DataReport) -> None:
         raise DataError(f"The data are not fit to learn from. {refused[0]}")
     if refused:
         raise DataError("The data are not fit to learn from:\n" + "\n".join(f"  - {each}" for each in refused))
+
+
+def check_markers(adapter: Adapter, checked: Checked) -> None:
+    """Raises DataError if rows lack the markers that the adapter's virtual tokens are to stand at."""
+    deltas = adapter.lower(training=False).values()
+    tokens = next((delta for delta in deltas if isinstance(delta, Tokens) and delta.marker is not None), None)
+    if tokens is None or tokens.marker is None:
+        return
+    marker, wanted = int(tokens.marker), len(tokens.slots)
+    name = adapter.base.tokenizer.decode([marker])
+    for part, prepared in checked.prepared.items():
+        examples = prepared.examples
+        pairs = zip(examples["row"][:], examples["input_ids"][:], strict=True)
+        lacking = [row for row, ids in pairs if ids.count(marker) < wanted]
+        if lacking:
+            raise DataError(
+                f"{part}: {len(lacking)} of {len(examples)} examples have fewer markers {name} than the {wanted} slots "
+                f"that {adapter.method.name} has, the first at {checked.parts[part].where(lacking[:1])}. Put them into "
+                "the text, early enough not to be cut off, or set method.slots to as many as there are."
+            )
 
 
 def show_example(task: Task, training: Part, tokenizer: Any, console: Console) -> None:

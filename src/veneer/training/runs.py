@@ -197,6 +197,8 @@ def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     head = task.head(base, seed=config.train.seed)
     method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else ())
     adapter = base.attach(method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
+    task = _within_positions(task, adapter, chosen="max_length" in settings)
+    adapter.task = task.describe()
     return adapter, task
 
 
@@ -232,11 +234,35 @@ def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:
     """The task to train for; gives the adapter its head if it has none yet."""
     if task is None and adapter.task:
         return task_from_config(adapter.task)
+    chosen = isinstance(task, Task)
     if not isinstance(task, Task):
         task = (task_class(task) if task else choose_task(rows)).for_rows(rows, adapter.base)
+    task = _within_positions(task, adapter, chosen=chosen)
     adapter.base.train_in_full(adapter, task.head(adapter.base, seed=0))
     adapter.task = task.describe()
     return task
+
+
+def _within_positions(task: Task, adapter: Adapter, *, chosen: bool) -> Task:
+    """The task with inputs short enough to leave the adapter the positions it takes for itself.
+
+    Args:
+        task: what to train for.
+        adapter: what will be trained.
+        chosen: whether the user has said how long they may be.
+
+    Raises:
+        ConfigError: too long a length was chosen, or none is short enough.
+    """
+    there, taken = adapter.base.sites.learned_positions, adapter.positions
+    if there is None or not taken or task.max_length <= there - taken:
+        return task
+    if chosen or there - taken < 2:
+        raise ConfigError(
+            f"task.max_length: {task.max_length} tokens and the {taken} positions {adapter.method.name} takes are more "
+            f"than the {there} that {adapter.base.name} has; at most {max(there - taken, 0)} are left for the text."
+        )
+    return task.model_copy(update={"max_length": there - taken})
 
 
 def _how_to_go_on(config: RunConfig, error: TrainingError) -> str:

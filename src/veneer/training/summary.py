@@ -36,8 +36,9 @@ def summary(adapter: Adapter, result: Result, output: Path) -> None:
     for old in result.earlier:
         lines += _remembered(old)
     lines += [f"warning    {told}" for told in result.warnings]
+    kept = f", {adapter.trainable:,} kept" if adapter.trainable != result.trainable else ""
     lines.append(
-        f"size       {result.trainable:,} numbers trained ({result.trainable_share:.2%} of the base); "
+        f"size       {result.trainable:,} numbers trained ({result.trainable_share:.2%} of the base){kept}; "
         f"adapter {size(result.adapter_bytes)}, base {size(result.base_bytes)}"
     )
     lines.append(f"saved      {output / ADAPTER}")

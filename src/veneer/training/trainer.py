@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from veneer.adapters import Adapter
-from veneer.adapters.files import WEIGHTS
+from veneer.adapters.files import restore
 from veneer.data.batching import EpochSampler
 from veneer.data.formats import TASK
 from veneer.errors import TrainingError
@@ -221,11 +220,11 @@ class Trainer(transformers.Trainer):
         self.save_seconds = time.perf_counter() - started
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        restore(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        self.model.load_state_dict(load_file(best / WEIGHTS))
+        restore(self.model, best)
 
 
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
