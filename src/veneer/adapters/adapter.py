@@ -87,7 +87,7 @@ class Adapter(Trainable):
 
     def lower(self, training: bool | None = None) -> dict[str, Delta]:
         """The deltas this adapter amounts to, by where they act; in its own mode unless told which."""
-        step = Lowering(self.base.model, self.training if training is None else training)
+        step = Lowering(self.base.model, training=self.training if training is None else training)
         plan: dict[str, Delta] = {}
         for site in self.sites:
             delta = self.method.lower(site, self.parameters_at(site.path), step)
