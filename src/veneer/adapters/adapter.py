@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.plan import Plan
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.sites import input_embedding_of
-from veneer.bases.weights import bare, parameters_of, stored, weight_of
-from veneer.deltas import AtParameter, Delta, Replace, Stack, Tokens
+from veneer.bases.weights import parameters_of, stored
+from veneer.deltas import Delta, Flow, Replace, Stack
 from veneer.errors import AdapterError
 from veneer.methods import Lowering, Method
+from veneer.methods.base import around_module
 
 if TYPE_CHECKING:
     from veneer.adapters.base import Base
@@ -85,14 +87,12 @@ class Adapter(Trainable):
         with self.base.using(self.name):
             yield
 
-    def lower(self, training: bool | None = None) -> dict[str, Delta]:
-        """The deltas this adapter amounts to, by where they act; in its own mode unless told which."""
-        step = Lowering(self.base.model, training=self.training if training is None else training)
+    def lower(self, flow: Flow | None = None, *, training: bool | None = None) -> dict[str, Delta]:
+        """The deltas this adapter amounts to, by where they act, for a forward; in its own mode unless told which."""
+        step = Lowering(self.base.model, self.training if training is None else training, flow or Flow())
         plan: dict[str, Delta] = {}
         for site in self.sites:
-            delta = self.method.lower(site, self.parameters_at(site.path), step)
-            if (name := getattr(site, "parameter", None)) is not None:
-                delta = AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
+            delta = around_module(site, self.method.lower(site, self.parameters_at(site.path), step))
             where = getattr(site, "module", site.path)
             plan[where] = Stack((plan[where], delta)) if where in plan else delta
         plan.update({path: Replace(values) for path, values in self.modules_in_full.items()})
@@ -100,8 +100,10 @@ class Adapter(Trainable):
 
     @property
     def places(self) -> list[str]:
-        """Paths of the modules it acts at."""
-        return [*dict.fromkeys(getattr(site, "module", site.path) for site in self.sites), *self._in_full]
+        """Paths of the modules it acts at, or reads the input of."""
+        acting = [getattr(site, "module", site.path) for site in self.sites]
+        read = [source for site in self.sites if (source := getattr(site, "source", None)) is not None]
+        return [*dict.fromkeys([*acting, *read]), *self._in_full]
 
     def parameters_at(self, path: str) -> Mapping[str, Tensor]:
         """Its parameters at one site and those shared by all, by the method's names for them."""
@@ -228,7 +230,7 @@ class Adapter(Trainable):
 
     @functools.cached_property
     def _adds_tokens(self) -> bool:
-        return any(isinstance(delta, Tokens) for delta in self.lower(training=False).values())
+        return Plan.of(self.lower(training=False)).tokens is not None
 
     def _values(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         """The tensors of these keys; looked up anew, because ``.to()`` replaces buffers."""

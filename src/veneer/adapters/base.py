@@ -19,6 +19,7 @@ from veneer.adapters.prefixes import AttentionHooks, PositionHooks
 from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
 from veneer.bases import Pretrained
+from veneer.deltas import Flow
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import BaseWeights, Method
 
@@ -199,7 +200,8 @@ class Base(Pretrained):
             raise AdapterError(f"rows() takes a list of names, one a row (None: the plain base), not {names!r}.")
         chosen = {name: self[name] for name in names if name is not None}
 
-        def lower(rows: int | None) -> Plan:
+        def lower(flow: Flow) -> Plan:
+            rows = flow.rows
             times, rest = divmod(rows or len(names), len(names))
             if rest or (times != 1 and not self._execution.generating):
                 raise AdapterError(
@@ -208,7 +210,7 @@ class Base(Pretrained):
                 )
             each = [name for name in names for _ in range(times)]
             places = {name: [row for row, other in enumerate(each) if other == name] for name in chosen}
-            plans = [(places[name], Plan.of(adapter.lower())) for name, adapter in chosen.items()]
+            plans = [(places[name], Plan.of(adapter.lower(flow))) for name, adapter in chosen.items()]
             return Plan.by_rows(plans, len(each), self.sites)
 
         with self._execution.acting(lower), self._execution.generation_of(self.model), self._using(names):
@@ -231,7 +233,7 @@ class Base(Pretrained):
         if name is None:
             return None
         adapter = self[name]
-        return lambda rows: Plan.of(adapter.lower())
+        return lambda flow: Plan.of(adapter.lower(flow))
 
     def enable_checkpointing(self) -> None:
         """Recompute activations in backward instead of keeping them, with the plan the forward ran with.

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from veneer.adapters import prefixes
 from veneer.adapters.plan import Plan
+from veneer.deltas import Flow
 
-Lower = Callable[[int | None], Plan]
-"""Makes the plan for a batch of so many rows; None where a module is called by itself and nobody knows."""
+Lower = Callable[[Flow], Plan]
+"""Makes the plan of a forward."""
 
 _BATCHED = (
     "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
@@ -39,6 +40,8 @@ class Execution:
     checkpointed: Sequence[Any] = ()
     """The modules that transformers may checkpoint."""
     generating: int = 0
+    flow: Flow = field(default_factory=Flow)
+    """The forward that goes on; outside of one, what is known where modules are called by themselves."""
     _plan: Plan | None = None
     _calls: list[nn.Module] = field(default_factory=list)
     _attention: list[tuple[Any, str]] = field(default_factory=list)
@@ -49,14 +52,15 @@ class Execution:
         """What the module that asks is to act by."""
         if self._plan is not None:
             return self._plan
-        return self.lower(None) if self.lower else Plan()
+        return self.lower(self.flow) if self.lower else Plan()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Pre-hook of the roots: make the plan at the outermost call."""
         self._lock.acquire()
         self._calls.append(module)
         if len(self._calls) == 1:
-            self._plan = self.lower(_batch(args, kwargs)) if self.lower else Plan()
+            self.flow = Flow(_batch(args, kwargs))
+            self._plan = self.lower(self.flow) if self.lower else Plan()
             if self._plan.attention:
                 self._attention = prefixes.switch_on(self.configs)
             if self.lower and module.training:
@@ -68,7 +72,7 @@ class Execution:
             return
         self._calls.pop()
         if not self._calls:
-            self._plan = None
+            self._plan, self.flow = None, Flow()
             prefixes.switch_off(self._attention)
             self._attention = []
         self._lock.release()
@@ -115,16 +119,18 @@ class Execution:
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager[None], ...]:
         """``context_fn`` for `torch.utils.checkpoint`: recompute with the plan the forward ran with."""
-        return contextlib.nullcontext(), self._again(self.plan)
+        return contextlib.nullcontext(), self._again(self.plan, self.flow)
 
     @contextlib.contextmanager
-    def _again(self, plan: Plan) -> Iterator[None]:
+    def _again(self, plan: Plan, flow: Flow) -> Iterator[None]:
+        before, self.flow = self.flow, flow
         switched = prefixes.switch_on(self.configs) if plan.attention else []
         try:
             with self.part(plan):
                 yield
         finally:
             prefixes.switch_off(switched)
+            self.flow = before
 
     def _adopt_checkpoints(self) -> None:
         """Give checkpointing that somebody switched on in the model itself our contexts, without which a prefix would
@@ -138,10 +144,10 @@ class Execution:
                 module._gradient_checkpointing_func = type(run)(run.func, *run.args, **keywords)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "flow")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, flow=Flow(), _lock=threading.RLock())
 
 
 def install(execution: Execution, roots: Iterable[nn.Module]) -> list[Any]:

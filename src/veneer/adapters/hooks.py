@@ -40,7 +40,9 @@ class SiteHooks:
         """Swap in the parameters the delta wants the module to run on, and change its input."""
         call = _Call(args[0] if args else None)
         self._calls.append(call)  # before anything can fail: `after` is called in any case
-        if (delta := self.execution.plan.modules.get(self.path)) is None:
+        plan = self.execution.plan
+        self.execution.flow.record(self.path, call.x)
+        if (delta := plan.modules.get(self.path)) is None:
             return None
         if not isinstance(delta, Rows):
             _swap(module, delta.effective(parameters_of(module)), call.own)

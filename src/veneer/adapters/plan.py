@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veneer.bases import SiteMap
-from veneer.deltas import Delta, KeyValues, Rows, Tokens
+from veneer.deltas import Among, Delta, KeyValues, Rows, Stack, Tokens
 
 ByRow = Sequence[Delta | None]
 """A delta for each row of the batch, or none."""
@@ -34,11 +34,21 @@ class Plan:
     @classmethod
     def of(cls, deltas: Mapping[str, Delta]) -> Plan:
         """Of one adapter, for all rows."""
-        return cls(
-            {path: delta for path, delta in deltas.items() if not isinstance(delta, KeyValues | Tokens)},
-            {path: delta for path, delta in deltas.items() if isinstance(delta, KeyValues)},
-            next((delta for delta in deltas.values() if isinstance(delta, Tokens)), None),
-        )
+        modules: dict[str, Delta] = {}
+        attention: dict[str, KeyValues] = {}
+        tokens: Tokens | None = None
+        for path, delta in deltas.items():
+            around: list[Delta] = []
+            for part in delta.deltas if isinstance(delta, Stack) else [delta]:
+                if isinstance(part, KeyValues):
+                    attention[path] = attention[path] + part if path in attention else part
+                elif isinstance(part, Tokens):
+                    tokens = tokens + part if tokens else part
+                else:
+                    around.append(part)
+            if around:
+                modules[path] = Stack(around) if len(around) > 1 else around[0]
+        return cls(modules, attention, tokens)
 
     @classmethod
     def by_rows(cls, plans: Sequence[tuple[Sequence[int], Plan]], rows: int, sites: SiteMap) -> Plan:
@@ -52,10 +62,19 @@ class Plan:
             ]
             split[path] = [(mine, part) for mine, _, part in inside if part.modules or part.attention]
             whole = [(mine, plan.without(part)) for mine, plan, part in inside]
+            split[path] = [(mine, part.for_rows(Among(mine, rows, None))) for mine, part in split[path]]
         plans, axes = whole, sites.row_axis
         paths = dict.fromkeys(path for _, plan in plans for path in plan.modules)
         modules = {
-            path: Rows([(mine, plan.modules[path]) for mine, plan in plans if path in plan.modules], rows, axes(path))
+            path: Rows(
+                [
+                    (mine, plan.modules[path].for_rows(Among(mine, rows, axes(path))))
+                    for mine, plan in plans
+                    if path in plan.modules
+                ],
+                rows,
+                axes(path),
+            )
             for path in paths
         }
 
@@ -90,6 +109,10 @@ class Plan:
             return {at: delta for at, delta in where.items() if f"{at}.".startswith(f"{path}.")}
 
         return Plan(chosen(self.modules), chosen(self.attention))
+
+    def for_rows(self, among: Among) -> Plan:
+        """The same for some rows of a batch."""
+        return replace(self, modules={path: delta.for_rows(among) for path, delta in self.modules.items()})
 
     def without(self, part: Plan) -> Plan:
         """The rest."""

@@ -3,6 +3,7 @@
 from veneer.bases.catalogue import CATALOGUE, Entry
 from veneer.bases.loading import load_pretrained
 from veneer.bases.pretrained import Pretrained
-from veneer.bases.sites import Site, SiteMap
+from veneer.bases.site import AttentionSite, Site
+from veneer.bases.sites import SiteMap
 
-__all__ = ["CATALOGUE", "Entry", "Pretrained", "Site", "SiteMap", "load_pretrained"]
+__all__ = ["CATALOGUE", "AttentionSite", "Entry", "Pretrained", "Site", "SiteMap", "load_pretrained"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from torch import nn
@@ -28,88 +28,13 @@ from veneer.bases.families import (
     stack_of,
     takes_prefixes,
 )
+from veneer.bases.site import AttentionSite, Site, is_expression
 from veneer.bases.weights import is_transposed, parameters_of
 from veneer.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embedding"
 EXPERTS = "experts"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where a delta can act.
-
-    Attributes:
-        path: the module's dotted path in the model; of a map kept as a bare parameter, the parameter's.
-        in_features: width of its input (of an embedding: the vocabulary; of a convolution: its channels).
-        out_features: width of its output.
-        kind: ``linear``, ``embedding``, ``conv``, ``norm`` or ``experts`` (a stack of linear maps).
-        role: the field's short name for it (``q k v o gate up down``), or None if nobody listed it.
-        group: ``attention`` or ``mlp``, or None.
-        layer: index of the layer it lies in, or None outside the layers.
-        bias: whether it has a bias.
-        kernel: of a convolution.
-        parameter: name of the parameter, where the module keeps the map as a bare one.
-        transposed: whether such a parameter has its input before its output axis.
-        count: of experts.
-    """
-
-    path: str
-    in_features: int
-    out_features: int
-    kind: str = "linear"
-    role: str | None = None
-    group: str | None = None
-    layer: int | None = None
-    bias: bool = False
-    kernel: tuple[int, ...] = ()
-    parameter: str | None = None
-    transposed: bool = False
-    count: int = 0
-
-    @property
-    def module(self) -> str:
-        """Path of the module it belongs to: its own, or that of the one with the parameter."""
-        return self.path if self.parameter is None else self.path.removesuffix("." + self.parameter)
-
-    def answers_to(self, word: str) -> bool:
-        """Whether a role, a group, a name (or the end of its path) or a ``/regular expression/`` picks it.
-
-        Raises:
-            TargetError: the expression is none.
-        """
-        if not _is_expression(word):
-            return word in (self.role, self.group) or ("." + self.path).endswith("." + word)
-        try:
-            return re.search(word[1:-1], self.path) is not None
-        except re.error as error:
-            raise TargetError(f"Target {word} is no regular expression: {error}.") from error
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """An attention layer, where keys and values can be added.
-
-    Attributes:
-        path: the attention module.
-        heads: key-value heads.
-        head_width: of each.
-        layer: index of its layer.
-        index: its place among all attention layers.
-        part: ``encoder``, ``decoder`` or ``cross`` in an encoder-decoder, else None.
-    """
-
-    path: str
-    heads: int
-    head_width: int
-    layer: int | None
-    index: int
-    part: str | None = None
-
-
-def _is_expression(word: str) -> bool:
-    return len(word) > 2 and word.startswith("/") and word.endswith("/")
 
 
 _EXPERTS = Split({"hidden_states": 0, "top_k_index": 0, "top_k_weights": 0}, 0)
@@ -160,11 +85,18 @@ class SiteMap(Sequence[Site]):
     def branches(self, group: str) -> Sequence[Site]:
         """The outputs of residual branches (self-``attention`` or ``mlp``), before the residual is added."""
         last = {"attention": "o", "mlp": "down"}[group]
-        found = [
-            replace(site, path=branch_output(site.path, self._modules), in_features=site.out_features, kind="branch")
-            for site in self._sites
-            if site.role == last and site.parameter is None and not is_cross_attention(site.path)
-        ]
+        found: list[Site] = []
+        first: Site | None = None  # of the branch
+        for site in self._sites:
+            first = None if site.group != group else first or site
+            if site.role != last or site.parameter is not None:
+                continue
+            if first is not None and not is_cross_attention(site.path):
+                path = branch_output(site.path, self._modules)
+                found.append(
+                    replace(site, path=path, in_features=first.in_features, kind="branch", source=first.module)
+                )
+            first = None
         blocks = {site.module.rpartition(".")[0]: site for site in self._everything if site.kind == EXPERTS}
         return found + [
             Site(path, site.out_features, site.out_features, "branch", None, group, site.layer)
@@ -310,7 +242,7 @@ class SiteMap(Sequence[Site]):
     def _matches(self, target: str, kinds: Collection[str] | None) -> list[str]:
         if target in self._by_path:
             return [target]
-        if _is_expression(target):
+        if is_expression(target):
             fitting = (site for site in self._everything if kinds is None or site.kind in kinds)
             return [site.path for site in fitting if site.answers_to(target)]
         if target == ALL_LINEAR:

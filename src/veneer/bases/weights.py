@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from veneer.bases.sites import Site
+    from veneer.bases.site import Site
 
 
 def is_transposed(module: nn.Module) -> bool:

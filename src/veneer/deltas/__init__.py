@@ -4,6 +4,7 @@ from veneer.deltas.attention import KeyValues, Tokens
 from veneer.deltas.base import Delta
 from veneer.deltas.bottleneck import Bottleneck
 from veneer.deltas.composed import Fusion, Gate, Stack
+from veneer.deltas.flow import Among, Beside, Flow
 from veneer.deltas.kron import Kron
 from veneer.deltas.low_rank import ConvLowRank, EmbeddingLowRank, LowRank
 from veneer.deltas.of_weight import AtParameter, OfWeight, Param, Replace, Sparse
@@ -12,7 +13,7 @@ from veneer.deltas.rows import Rows
 from veneer.deltas.scale import Bias, InputScale, Scale
 
 __all__ = [
-    "AtParameter", "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Fusion", "Gate", "InputScale",
-    "KeyValues", "Kron", "LowRank", "OfWeight", "Param", "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack",
-    "Tokens",
+    "Among", "AtParameter", "Beside", "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Flow",
+    "Fusion", "Gate", "InputScale", "KeyValues", "Kron", "LowRank", "OfWeight", "Param", "Replace", "Rotate", "Rows",
+    "Scale", "Sparse", "Stack", "Tokens",
 ]  # fmt: skip

@@ -31,6 +31,9 @@ class KeyValues(Delta):
     def __len__(self) -> int:
         return len(self.key)
 
+    def __add__(self, other: KeyValues) -> KeyValues:
+        return KeyValues(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
+
     @property
     def flops_per_token(self) -> int:
         """Scores and sums over P more keys (as for as many query heads as key-value heads)."""
@@ -45,6 +48,9 @@ class Tokens(Delta):
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(torch.cat([self.embeddings, other.embeddings]))
 
 
 def padded(prefixes: Sequence[KeyValues | None], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
 from veneer.errors import AdapterError
+
+if TYPE_CHECKING:
+    from veneer.deltas.flow import Among
 
 
 class Delta:
@@ -68,6 +71,10 @@ class Delta:
             which: ``[rows]``, int64.
         """
         return None
+
+    def for_rows(self, among: Among) -> Delta:
+        """The delta as it acts on some rows of a batch, where it knows more of the batch than it is handed."""
+        return self
 
     def changes(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether it does anything at all to a module with these parameters; True where that cannot be told."""

@@ -1,6 +1,6 @@
 """Deltas made of deltas.
 
-Stack     one after the other, in the stated order: the second acts on what the first left
+Stack     δ_n(… δ_1(f)): around the module f each acts on what the ones before it left
 Gate      y ← y + g ⊙ (δ(x, y) − y)                      g scales what the delta changes (UniPELT, Mao et al. 2022)
 Fusion    y ← Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n + b_k, v_n = W_v z_n, z_n = δ_n(x, y)
           (AdapterFusion, Pfeiffer et al. 2021, §3)
@@ -9,47 +9,66 @@ Fusion    y ← Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n + b_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.deltas.base import Delta
+from veneer.deltas.flow import Among
 from veneer.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
 class Stack(Delta):
-    """Several deltas of one adapter at one site, in this order."""
+    """Several deltas of one adapter at one site: each acts around the module together with all before it.
+
+    Those that let the module run on other parameters come first, as nothing else can be inside the module.
+    """
 
     deltas: Sequence[Delta]
 
     def before(self, x: Tensor) -> Tensor:
-        """All, in order."""
-        for delta in self.deltas:
+        """All, the outermost first."""
+        for delta in reversed(self._inside_out):
             x = delta.before(x)
         return x
 
     def effective(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Each on what the ones before it made."""
         new: dict[str, Tensor] = {}
-        for delta in self.deltas:
+        for delta in self._inside_out:
             new |= delta.effective({**parameters, **new})
         return new
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """All, in order."""
-        for delta in self.deltas:
-            y = delta.apply(x, y)
+        """All, the innermost first, each with the input that those around it leave."""
+        inputs = [x]
+        for delta in reversed(self._inside_out[1:]):
+            inputs.append(delta.before(inputs[-1]))
+        for delta, own in zip(self._inside_out, reversed(inputs), strict=True):
+            y = delta.apply(own, y)
         return y
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All, in order."""
+        """All, the innermost first."""
         new: dict[str, Tensor] = {}
-        for delta in self.deltas:
+        for delta in self._inside_out:
             new |= delta.changed({**parameters, **new})
         return new
+
+    @property
+    def _inside_out(self) -> Sequence[Delta]:
+        return sorted(self.deltas, key=lambda delta: not delta.swaps)
+
+    def for_rows(self, among: Among) -> Delta:
+        """Each for these."""
+        return Stack([delta.for_rows(among) for delta in self.deltas])
+
+    def changes(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether any does."""
+        return any(delta.changes(parameters) for delta in self.deltas)
 
     @property
     def swaps(self) -> bool:
@@ -85,6 +104,10 @@ class Gate(Delta):
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """The gated change."""
         return y + self.g.to(y.dtype) * (self.delta.apply(x, y) - y)
+
+    def for_rows(self, among: Among) -> Delta:
+        """The delta's rows."""
+        return Gate(self.delta.for_rows(among), self.g)
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +146,10 @@ class Fusion(Delta):
         v = F.linear(z, self.value.to(y.dtype))
         weights = (q.unsqueeze(-2) * k).sum(-1).softmax(-1)
         return (weights.unsqueeze(-1) * v).sum(-2)
+
+    def for_rows(self, among: Among) -> Delta:
+        """Each delta's rows."""
+        return replace(self, deltas=[delta.for_rows(among) for delta in self.deltas])
 
     @property
     def nbytes(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -12,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.weights import parameters_at
-from veneer.deltas import Delta
+from veneer.bases.weights import bare, parameters_at, weight_of
+from veneer.deltas import AtParameter, Delta, Flow
 from veneer.errors import AdapterError, ConfigError, did_you_mean
 
 
@@ -27,7 +28,7 @@ class BaseWeights:
     """
 
     model: nn.Module
-    tokenizer: Any = None
+    tokenizer: Any = field(default=None, kw_only=True)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """The base's own parameters at a site, weights as ``[…, out, in]``."""
@@ -40,9 +41,11 @@ class Lowering(BaseWeights):
 
     Attributes:
         training: whether the adapter is in training mode.
+        flow: the forward it is lowered for.
     """
 
-    training: bool = False
+    training: bool
+    flow: Flow
 
 
 class Survey(Protocol):
@@ -95,6 +98,13 @@ class Course:
 def widened(value: Tensor) -> Tensor:
     """In float32, or wider if it is: what is trained is kept in."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def around_module(site: Any, delta: Delta) -> Delta:
+    """A site's delta as it acts on the module the site belongs to, which may keep the map as a bare parameter."""
+    if (name := getattr(site, "parameter", None)) is None:
+        return delta
+    return AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
 
 
 State = tuple["Method", Mapping[str, Mapping[str, Tensor]], Mapping[str, Tensor]]

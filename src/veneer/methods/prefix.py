@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import SiteMap
-from veneer.bases.sites import AttentionSite
+from veneer.bases.site import AttentionSite
 from veneer.deltas import Delta, KeyValues
 from veneer.errors import TargetError
 from veneer.methods.base import BaseWeights, Lowering, Method

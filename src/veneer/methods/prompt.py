@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import SiteMap
-from veneer.bases.sites import Site
+from veneer.bases.site import Site
 from veneer.deltas import Delta, Tokens
 from veneer.methods.base import BaseWeights, Lowering, Method
 

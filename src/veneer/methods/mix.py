@@ -1,0 +1,45 @@
+"""Any list of methods as one adapter.
+
+    δ = δ_n ∘ … ∘ δ_1        at each module where several act, in the order given; elsewhere each alone
+
+Trained and stored: what the methods train and store. Starts equal to the base where all of them do; merges where all
+of them do.
+
+Use it to join a method that steers attention with one that changes the feed-forward, or small ones that reach different
+parameters (``bitfit`` and ``norm``); don't expect two that do the same to be better than one twice the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from veneer.methods.base import Method
+from veneer.methods.mixture import Mixture
+
+
+def _method(value: Any) -> Method:
+    from veneer.methods.registry import method_from_config
+
+    return method_from_config(value)
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **method.model_dump(mode="json")}
+
+
+class Mix(Mixture):
+    """Methods side by side in one adapter."""
+
+    name: ClassVar[str] = "mix"
+    summary: ClassVar[str] = "any list of methods as one adapter"
+    peft_type: ClassVar[str] = "VENEER_MIX"
+
+    methods: tuple[Annotated[Method, BeforeValidator(_method), PlainSerializer(_plain)], ...] = Field(min_length=1)
+    """Which: names, or names with settings, e.g. [{name: lora, rank: 8}, bitfit]."""
+
+    def members(self) -> Sequence[Method]:
+        """Those given."""
+        return self.methods
