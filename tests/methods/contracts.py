@@ -16,20 +16,26 @@ class Contract:
         settings: small ones, to test it with; none of them trivial (alpha other than rank).
         identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
         merges: it folds into the base's weights wherever these have a place for it.
-        detached: its gradient leaves a part out by definition, so that finite differences are not it.
+        detached: its gradient leaves a part out by definition, or has kinks all over, so that finite differences are
+            not it.
+        unused: it holds parameters that a forward may have no use for.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     identity: Literal["bitwise", "rounding", "no"] = "bitwise"
     merges: bool = True
     detached: bool = False
+    unused: bool = False
 
 
 CONTRACTS = {
     "adalora": Contract({"rank": 4, "target_rank": 2, "alpha": 7}),
     "bitfit": Contract(),
     "compacter": Contract({"bottleneck": 8, "n": 4}, merges=False),
+    "diff-pruning": Contract({"density": 0.1}, detached=True),
     "dora": Contract({"rank": 3, "alpha": 7}, detached=True),
+    "fish": Contract({"share": 0.1}),
+    "full": Contract(identity="rounding", unused=True),
     "hira": Contract({"rank": 3}),
     "houlsby": Contract({"bottleneck": 5}, merges=False),
     "ia3": Contract(),
@@ -41,6 +47,7 @@ CONTRACTS = {
     "norm": Contract(),
     "oft": Contract({"block_size": 8}, identity="rounding"),
     "parallel": Contract({"bottleneck": 5}, merges=False),
+    "partial": Contract(),
     "pfeiffer": Contract({"reduction": 6}, merges=False),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),

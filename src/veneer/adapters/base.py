@@ -18,7 +18,9 @@ from veneer.adapters.plan import Plan
 from veneer.adapters.prefixes import AttentionHooks, PositionHooks
 from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
+from veneer.adapters.whole import Whole
 from veneer.bases import Pretrained
+from veneer.bases.weights import parameters_at
 from veneer.deltas import Flow
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import BaseWeights, Method
@@ -105,9 +107,10 @@ class Base(Pretrained):
                 'veneer.methods.method_class("ia3")().'
             )
         self._check_name(name)
+        weights = BaseWeights(self.model, tokenizer=self.tokenizer)
+        method = method.on(weights)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
-        weights = BaseWeights(self.model)
         values = {site.path: method.parameters(site, generator, weights) for site in sites}
         shared = method.shared(sites, generator, weights)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
@@ -304,6 +307,7 @@ class Base(Pretrained):
 
     def _freeze(self) -> None:
         self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._execution.whole = Whole(self.model, parameters_at(self.model, self.sites.whole))
         self.model.requires_grad_(False)
         self.model.add_module(_BANK, Bank())
         self._execution.configs = self._configs()

@@ -105,6 +105,29 @@ class SiteMap(Sequence[Site]):
         ]
 
     @property
+    def whole(self) -> Site:
+        """The model itself, all its parameters by their paths."""
+        return Site("", 0, 0, "model")
+
+    @cached_property
+    def token_tables(self) -> Sequence[Site]:
+        """The input embedding, and the modules that share its weight: the decoder's embedding, the output projection.
+
+        Raises:
+            TargetError: the base has none.
+        """
+        first = self.input_embedding
+        table = parameters_of(self._modules[first.path])["weight"]
+        found = [first]
+        for path, module in self._modules.items():
+            tied = module._parameters.get("weight") is table
+            if path != first.path and tied and not is_never_called(path):
+                kind = EMBEDDING if isinstance(module, nn.Embedding) else "linear"
+                width = (table.shape[0], table.shape[1]) if kind == EMBEDDING else (table.shape[1], table.shape[0])
+                found.append(Site(path, *width, kind))
+        return found
+
+    @property
     def input_embedding(self) -> Site:
         """The embedding of the input ids.
 

@@ -44,6 +44,10 @@ def bare(site: Site, weight: Tensor, like: Tensor) -> Tensor:
 
 
 def parameters_at(model: nn.Module, site: Site) -> dict[str, Tensor]:
-    """The base's own parameters at a site by name, weights as ``[…, out, in]``."""
+    """The base's own parameters at a site by name, weights as ``[…, out, in]``; of the whole model all there are, as
+    it stores them, tied ones once."""
+    if site.path == "":
+        own = set(model.state_dict(keep_vars=True))  # without those of adapters
+        return {name: value for name, value in model.named_parameters() if name in own}
     found = parameters_of(model.get_submodule(site.module))
     return found if site.parameter is None else {"weight": weight_of(site, found[site.parameter])}

@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Sparse
 from veneer.methods.base import BaseWeights, Lowering
+from veneer.methods.entries import distinct
 from veneer.methods.targeted import Targeted
 
 
@@ -40,7 +41,7 @@ class SHiRA(Targeted):
         """Values ``[nnz]``, zero; indices ``[2, nnz]``, fixed: row and column."""
         total = site.in_features * site.out_features
         count = min(self.rank * (site.in_features + site.out_features), total)
-        chosen = _distinct(count, total, generator)
+        chosen = distinct(count, total, generator)
         indices = torch.stack([chosen // site.in_features, chosen % site.in_features])
         return {"shira_weight": torch.zeros(count), "shira_indices": indices.to(torch.int32)}
 
@@ -52,13 +53,3 @@ class SHiRA(Targeted):
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With targets in module names."""
         return {"r": self.rank, "target_modules": site_map.shortest_names(sites), "mask_type": "random"}
-
-
-def _distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """``count`` different numbers below ``total``, sorted; a permutation of millions would take seconds a map."""
-    chosen = torch.empty(0, dtype=torch.long)
-    while len(chosen) < count:
-        more = torch.randint(total, (count,), generator=generator)
-        chosen = torch.cat([chosen, more]).unique()
-    keep = torch.randperm(len(chosen), generator=generator)[:count]
-    return chosen[keep].sort().values
