@@ -53,6 +53,7 @@ CONTRACTS = {
     "prompt": Contract({"length": 3}, identity="no", merges=False),
     "ptuning2": Contract({"length": 2}, identity="no", merges=False),
     "shira": Contract({"rank": 2}),
+    "tokens": Contract({"tokens": [5, 6, 9]}),
     "vera": Contract({"rank": 3}),
 }
 

@@ -55,19 +55,16 @@ class Look:
         self.adapter, self.family = adapter, family
 
     def gradients(self, sites: Sequence[Site], examples: int) -> Iterator[dict[str, torch.Tensor]]:
-        weights = {site.path: self.adapter.base.model.get_submodule(site.module) for site in sites}
-        found = {
-            path: module._parameters[site.parameter or "weight"] for site, (path, module) in zip(sites, weights.items())
-        }
-        for weight in found.values():
+        modules = [self.adapter.base.model.get_submodule(site.module) for site in sites]
+        weights = [module._parameters[site.parameter or "weight"] for site, module in zip(sites, modules, strict=True)]
+        for weight in weights:
             weight.requires_grad_(True)
-        loss = run(self.adapter, self.family.inputs).square().mean()
-        gradients = torch.autograd.grad(loss, list(found.values()))
-        for weight in found.values():
+        found = torch.autograd.grad(run(self.adapter, self.family.inputs).square().mean(), weights)
+        for weight in weights:
             weight.requires_grad_(False)
         yield {
-            site.path: weight_of(site, g) if site.parameter else stored(weights[site.path], {"weight": g})["weight"]
-            for site, g in zip(sites, gradients, strict=True)
+            site.path: weight_of(site, grad) if site.parameter else stored(module, {"weight": grad})["weight"]
+            for site, module, grad in zip(sites, modules, found, strict=True)
         }
 
 

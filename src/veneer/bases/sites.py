@@ -109,6 +109,15 @@ class SiteMap(Sequence[Site]):
         """The model itself, all its parameters by their paths."""
         return Site("", 0, 0, "model")
 
+    @property
+    def token_table(self) -> str:
+        """Path of the module that holds the input embedding's weight; where several share it, the first.
+
+        Raises:
+            TargetError: the base has none.
+        """
+        return owner_of(self._model, self._modules[self.input_embedding.path])
+
     @cached_property
     def token_tables(self) -> Sequence[Site]:
         """The input embedding, and the modules that share its weight: the decoder's embedding, the output projection.
@@ -285,6 +294,12 @@ def input_embedding_of(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):  # not transformers', or not a model of tokens
         return None
     return found if isinstance(found, nn.Embedding) else None
+
+
+def owner_of(model: nn.Module, module: nn.Module) -> str:
+    """Path of the first module that has this one's weight."""
+    weight = module._parameters["weight"]
+    return next(path for path, other in model.named_modules() if other._parameters.get("weight") is weight)
 
 
 def _counts_positions(path: str, module: nn.Module) -> bool:
