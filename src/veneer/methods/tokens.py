@@ -69,7 +69,7 @@ class TokenRows(Method):
         if beyond := [token for token in self.tokens if isinstance(token, int) and not 0 <= token < size]:
             raise TargetError(
                 f"This base has {size} token embeddings, and none for token {beyond[0]}. If the tokenizer has it, the "
-                "base has to be enlarged: model.resize_token_embeddings(len(tokenizer)), and saved as a base of its own."
+                "base has to be enlarged (model.resize_token_embeddings(len(tokenizer))) and saved as one of its own."
             )
         return found
 
