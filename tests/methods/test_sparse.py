@@ -170,7 +170,7 @@ def test_the_expected_count_is_the_mean_of_counts() -> None:
     for site in adapter.sites:
         own = adapter.parameters_at(site.path)
         for name in ("weight", "bias") if site.role == "q" else ("weight",):
-            by_hand += float((own[f"{name}.alpha"].sigmoid() * own[f"{name}.alpha_group"].sigmoid()).sum())
+            by_hand += float((own[f"{name}.alpha"].sigmoid() * own[f"{name}.alpha_group"].sigmoid()).sum().detach())
     assert expected == pytest.approx(by_hand, rel=1e-12)
     adapter.train()
     torch.manual_seed(0)

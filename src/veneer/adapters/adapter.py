@@ -310,7 +310,8 @@ class Adapter(Trainable):
         device = self.base.device
         for name, tensor in tensors.items():
             key = f"{PREFIX}{path}.{name}" if path else name
-            keys[name], tensor = key, tensor.to(device)
+            keys[name] = key
+            tensor = tensor.to(device).contiguous()  # as from a file: a resumed run computes the same bits
             derived = name in self.method.derived()
             if tensor.is_floating_point() and not derived and name not in self.method.fixed():
                 self._parameters[key] = nn.Parameter(tensor)
