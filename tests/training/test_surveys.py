@@ -56,7 +56,15 @@ def weights(output: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("fish", 3), ("eva", 3), ("diff-pruning", 3), ("diff-pruning", 9), ("full", 5), ("mix", 3)]
+    ("name", "step"),
+    [
+        ("eva", 3),
+        ("diff-pruning", 9),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in (("fish", 3), ("diff-pruning", 3), ("full", 5), ("mix", 3))
+        ),
+    ],
 )
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(
     line: Callable[..., list[str]],
@@ -80,7 +88,9 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(
     )
 
 
-@pytest.mark.parametrize("name", ["fish", "eva", "diff-pruning"])
+@pytest.mark.parametrize(
+    "name", ["fish", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("eva", "diff-pruning"))]
+)
 def test_a_run_is_reproduced_and_continued(
     line: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.adapters.plan import Plan
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
+from veneer.bases.families import is_never_called
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import parameters_at, parameters_of, stored
 from veneer.deltas import Delta, Flow, Replace, Stack
@@ -236,6 +237,7 @@ class Adapter(Trainable):
         tied = _is_tied(base.model)
         if (whole := plan.pop("", None)) is not None:
             _merge_whole(base.model, whole, parameters_at(base.model, base.sites.whole))
+        new: dict[nn.Parameter, nn.Parameter] = {}
         for path, delta in plan.items():
             module = base.model.get_submodule(path)
             try:
@@ -243,8 +245,13 @@ class Adapter(Trainable):
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error} Keep the adapter beside the base instead.") from error
             for name, value in merged.items():
+                old = module._parameters[name]
+                assert old is not None
                 own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
-                module._parameters[name] = nn.Parameter(own, requires_grad=module._parameters[name].requires_grad)  # type: ignore[union-attr]
+                twin = new.setdefault(old, nn.Parameter(own, requires_grad=old.requires_grad))
+                same = torch.equal(twin, own)  # what was tied and is changed alike stays tied
+                module._parameters[name] = twin if same else nn.Parameter(own, requires_grad=old.requires_grad)
+        _replace_uncalled(base.model, new)
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return base.model
@@ -339,6 +346,14 @@ def _names_in_files(sites: Sequence[Any]) -> dict[str, str]:
     for module, paths in experts.items():
         names |= {path: module + ".base_layer" * inside for inside, path in enumerate(reversed(paths))}
     return names
+
+
+def _replace_uncalled(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Have modules that only hold what others use (T5's shared table) hold the new values, too."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter in new and is_never_called(path):
+                module._parameters[name] = new[parameter]
 
 
 def _merge_whole(model: nn.Module, delta: Delta, own: Mapping[str, Tensor]) -> None:
