@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import veneer
 from helpers import sums, tiny_llama
-from veneer.errors import ConfigError, VeneerWarning
+from veneer.errors import AdapterFileError, ConfigError, VeneerWarning
 from veneer.methods import method_class
 from veneer.methods.diff_pruning import DiffPruning, Pruning, gate, opening
 from veneer.methods.entries import INDICES, VALUES, greatest
@@ -253,6 +257,42 @@ def test_what_is_pruned_is_saved_and_trained_on(tmp_path: Path) -> None:
     optimizer.step()
     after = moved(again)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values, indices: (values, indices + 1000), "indices go up to 10.., beyond"),
+        (lambda values, indices: (values, -indices - 1), "or below zero"),
+        (lambda values, indices: (values[1:], indices), "as many indices as values"),
+        (lambda values, indices: (values, indices[:1]), "rows and columns are needed"),
+        (lambda values, indices: (values[None], indices), "as many indices as values"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fish", "diff-pruning", "shira"])
+def test_a_file_with_entries_that_are_not_there(
+    name: str, change: Callable[..., Any], message: str, tmp_path: Path
+) -> None:
+    if name == "diff-pruning":
+        adapter = pruning().float()
+        trained(adapter, 4)
+        adapter.settle()
+    else:
+        adapter = veneer.Base(tiny_llama()).attach(method_class(name)(targets=PLACES), "a")
+    adapter.save(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    state = load_file(file)
+    indices = next(key for key in state if key.endswith("indices") and "bias" not in key and state[key].numel() > 9)
+    values = indices.replace("sparse_indices", "sparse_values").replace("shira_indices", "shira_weight")
+    state[values], state[indices] = (part.contiguous() for part in change(state[values], state[indices]))
+    save_file(state, file)
+    (tmp_path / "a" / "veneer.json").write_text(
+        re.sub('"sha256": {[^}]*}', '"sha256": {}', (tmp_path / "a" / "veneer.json").read_text())
+    )
+    expected = message if name != "shira" or "indices go" in message or "zero" in message else "does not fit"
+    with pytest.raises(AdapterFileError, match=expected):
+        adapter.base.load(tmp_path / "a", "again")
+    assert list(adapter.base.adapters) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,6 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(state[key])
+    for site in adapter.sites:
+        if fault := adapter.method.fault(site, adapter.parameters_at(site.path)):
+            raise AdapterFileError(f"{path} is broken at {site.path}: {fault}. Get it again.")

@@ -171,6 +171,10 @@ class Method(BaseModel):
         """Names of parameters whose sizes data or training decide: whoever reads its files takes them from there."""
         return ()
 
+    def fault(self, site: Any, parameters: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with parameters from a file whose sizes it told, or that point somewhere; None if nothing."""
+        return None
+
     def on(self, base: BaseWeights) -> Method:
         """The method with what only this base can tell (which id a token has)."""
         return self

@@ -34,7 +34,7 @@ from torch import Tensor
 from veneer.bases import Site
 from veneer.deltas import Bias, Delta, Param, Sparse, Stack
 from veneer.methods.base import BaseWeights, Course, Lowering, State
-from veneer.methods.entries import INDICES, VALUES, entries, greatest
+from veneer.methods.entries import INDICES, VALUES, entries, fault, greatest, matrix_fault
 from veneer.methods.targeted import Targeted
 
 LOW, HIGH = -1.5, 1.5
@@ -99,6 +99,15 @@ class DiffPruning(Targeted):
         values = parameters[_BIAS_VALUES]
         bias = torch.zeros(site.out_features, dtype=values.dtype, device=values.device)
         return Stack((delta, Bias(bias.index_put((parameters[_BIAS_INDICES].long(),), values))))
+
+    def fault(self, site: Site, parameters: Mapping[str, Tensor]) -> str | None:
+        """Indices must lie in the weight and the bias."""
+        if not self.pruned:
+            return None
+        found = matrix_fault(parameters[VALUES], parameters[INDICES], site.out_features, site.in_features)
+        if found or _BIAS_VALUES not in parameters:
+            return found
+        return fault(parameters[_BIAS_VALUES], (parameters[_BIAS_INDICES], site.out_features))
 
     def difference(self, name: str, parameters: Mapping[str, Tensor], drawn: bool) -> Tensor:
         """δ of a weight or bias, with gates drawn by the global random state, or as they are out of training."""

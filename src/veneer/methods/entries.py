@@ -46,3 +46,25 @@ def distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
         chosen = torch.cat([chosen, more]).unique()
     keep = torch.randperm(len(chosen), generator=generator)[:count]
     return chosen[keep].sort().values
+
+
+def fault(values: Tensor, *indices: tuple[Tensor, int]) -> str | None:
+    """What is wrong with entries that a file has.
+
+    Args:
+        values: of the entries.
+        indices: along each axis, and the axis's length.
+    """
+    if values.dim() != 1 or any(index.shape != values.shape for index, _ in indices):
+        return "as many indices as values are needed"
+    for index, size in indices:
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+            return f"its indices go up to {int(index.max())}, beyond {size}, or below zero"
+    return None
+
+
+def matrix_fault(values: Tensor, indices: Tensor, rows: int, columns: int) -> str | None:
+    """`fault`, of entries of a matrix."""
+    if indices.dim() != 2 or len(indices) != 2:
+        return "rows and columns are needed"
+    return fault(values, (indices[0], rows), (indices[1], columns))

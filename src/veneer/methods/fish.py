@@ -29,7 +29,7 @@ from veneer.bases import Site
 from veneer.bases.sites import EMBEDDING
 from veneer.deltas import Delta, Sparse
 from veneer.methods.base import BaseWeights, Lowering, State, Survey
-from veneer.methods.entries import INDICES, VALUES, distinct, entries, greatest
+from veneer.methods.entries import INDICES, VALUES, distinct, entries, greatest, matrix_fault
 from veneer.methods.targeted import Targeted
 
 
@@ -85,6 +85,11 @@ class FISH(Targeted):
             },
             shared,
         )
+
+    def fault(self, site: Site, parameters: Mapping[str, Tensor]) -> str | None:
+        """Indices must lie in the weight, which embeddings store the other way round."""
+        size = (site.out_features, site.in_features)
+        return matrix_fault(parameters[VALUES], parameters[INDICES], *(size[::-1] if site.kind == EMBEDDING else size))
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """A sparse change of the weight."""

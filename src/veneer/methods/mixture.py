@@ -91,6 +91,11 @@ class Mixture(Method):
         """Those of each method."""
         return {_key(index, name) for index, method in enumerate(self.members()) for name in method.sized()}
 
+    def fault(self, site: Junction, parameters: Mapping[str, Tensor]) -> str | None:
+        """That of the first method with one."""
+        faults = (self.members()[index].fault(own, _its(index, parameters)) for index, own in site.members)
+        return next((fault for fault in faults if fault), None)
+
     def lower(self, site: Junction, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """One after the other."""
         members = self.members()

@@ -21,7 +21,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Sparse
 from veneer.methods.base import BaseWeights, Lowering
-from veneer.methods.entries import distinct
+from veneer.methods.entries import distinct, matrix_fault
 from veneer.methods.targeted import Targeted
 
 
@@ -44,6 +44,12 @@ class SHiRA(Targeted):
         chosen = distinct(count, total, generator)
         indices = torch.stack([chosen // site.in_features, chosen % site.in_features])
         return {"shira_weight": torch.zeros(count), "shira_indices": indices.to(torch.int32)}
+
+    def fault(self, site: Site, parameters: Mapping[str, Tensor]) -> str | None:
+        """Indices must lie in the weight."""
+        return matrix_fault(
+            parameters["shira_weight"], parameters["shira_indices"], site.out_features, site.in_features
+        )
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """A sparse change of the weight."""
