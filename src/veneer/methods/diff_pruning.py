@@ -50,7 +50,7 @@ class DiffPruning(Targeted):
 
     name: ClassVar[str] = "diff-pruning"
     summary: ClassVar[str] = "learns a sparse difference to the base; tiny files, costly training"
-    learning_rate: ClassVar[float] = 3e-4
+    learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_DIFF_PRUNING"
 
     density: float = Field(0.005, gt=0, le=1)
