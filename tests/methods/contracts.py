@@ -18,8 +18,10 @@ class Contract:
         settings: small ones, to test it with; none of them trivial (alpha other than rank).
         identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
         merges: it folds into the base's weights wherever these have a place for it.
-        detached: its gradient leaves a part out by definition, so that finite differences are not it.
+        detached: its gradient leaves a part out by definition, or has kinks all over, so that finite differences are
+            not it.
         method: its name, where a method has further contracts: other settings make it another thing.
+        unused: it holds parameters that a forward may have no use for.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -27,6 +29,7 @@ class Contract:
     merges: bool = True
     detached: bool = False
     method: str = ""
+    unused: bool = False
 
 
 CONTRACTS = {
@@ -41,6 +44,9 @@ CONTRACTS = {
         identity="rounding",
         merges=False,
     ),
+    "diff-pruning": Contract({"density": 0.1}, detached=True),
+    "fish": Contract({"share": 0.1}),
+    "full": Contract(identity="rounding", unused=True),
     "hira": Contract({"rank": 3}),
     "houlsby": Contract({"bottleneck": 5}, merges=False),
     "ia3": Contract(),
@@ -52,6 +58,7 @@ CONTRACTS = {
     "norm": Contract(),
     "oft": Contract({"block_size": 8}, identity="rounding"),
     "parallel": Contract({"bottleneck": 5}, merges=False),
+    "partial": Contract(),
     "pfeiffer": Contract({"reduction": 6}, merges=False),
     "prefix": Contract({"length": 3}, identity="no", merges=False),
     "prompt": Contract({"length": 3}, identity="no", merges=False),
@@ -67,6 +74,7 @@ CONTRACTS = {
     "unipelt": Contract({"rank": 2, "length": 2, "bottleneck": 3}, identity="no", merges=False),
     "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
     "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
+    "tokens": Contract({"tokens": [5, 6, 9]}),
     "vera": Contract({"rank": 3}),
 }
 

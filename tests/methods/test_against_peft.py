@@ -83,6 +83,8 @@ def theirs_for(name: str, family: Family, targets: Any) -> peft.PeftConfig:
         return peft.VBLoRAConfig(r=2, topk=settings["topk"], **bank, target_modules=targets, task_type=task)
     if name == "unilora":
         return peft.UniLoraConfig(r=2, theta_d_length=settings["bank_size"], target_modules=targets, task_type=task)
+    if name == "tokens":
+        return peft.TrainableTokensConfig(token_indices=settings["tokens"], task_type=task)
     if name == "norm":
         return peft.LNTuningConfig(target_modules=targets, task_type=task)
     if name == "prefix":
@@ -125,6 +127,7 @@ CELLS = [
     for family in ON
     if (name, family) not in [(linear, "gpt2") for linear in LINEAR_ONLY]
 ]
+CELLS += [("tokens", family) for family in ("llama", "gpt2", "bert", "t5")]
 CELLS += [(name, family) for name in ("prefix", "prompt") for family in ("llama", "gpt2", "bert", "t5", "bart")]
 
 

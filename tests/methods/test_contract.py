@@ -7,7 +7,7 @@ docs/coverage.md is what the harness finds (`python -m tests.methods.coverage` w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from families import FAMILIES, IDS, Family, run
 
 import veneer
 from helpers import perturb
+from veneer.bases import Site
+from veneer.bases.weights import stored, weight_of
 from veneer.errors import AdapterError, TargetError
 from veneer.methods import methods
 
@@ -41,8 +43,29 @@ def attached(name: str, family: Family) -> veneer.Adapter:
     except TargetError as error:
         assert len(str(error)) > 30  # it says why
         pytest.skip(f"can't: {error}")
-    perturb(adapter, std=0.2, seed=2)
+    adapter.survey(Look(adapter, family))
+    perturb(adapter.double(), std=0.2, seed=2)
     return adapter
+
+
+class Look:
+    """A `veneer.methods.Survey` whose one example is the family's batch."""
+
+    def __init__(self, adapter: veneer.Adapter, family: Family) -> None:
+        self.adapter, self.family = adapter, family
+
+    def gradients(self, sites: Sequence[Site], examples: int) -> Iterator[dict[str, torch.Tensor]]:
+        modules = [self.adapter.base.model.get_submodule(site.module) for site in sites]
+        weights = [module._parameters[site.parameter or "weight"] for site, module in zip(sites, modules, strict=True)]
+        for weight in weights:
+            weight.requires_grad_(True)
+        found = torch.autograd.grad(run(self.adapter, self.family.inputs).square().mean(), weights)
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield {
+            site.path: weight_of(site, grad) if site.parameter else stored(module, {"weight": grad})["weight"]
+            for site, module, grad in zip(sites, modules, found, strict=True)
+        }
 
 
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -94,8 +117,9 @@ def test_only_its_own_parameters_learn(name: str, family: Family) -> None:
     loss = run(adapter, family.inputs).square().mean()
     loss.backward()
     grads = {key: p.grad for key, p in adapter.named_parameters()}
-    assert all(grad is not None for grad in grads.values()), [key for key, grad in grads.items() if grad is None]
-    assert any(grad.abs().max() > 0 for grad in grads.values())
+    unused = [key for key, grad in grads.items() if grad is None]
+    assert not unused or (CONTRACTS[name].unused and len(unused) < len(grads) / 4), unused
+    assert any(grad.abs().sum() > 0 for grad in grads.values() if grad is not None)
     assert all(p.grad is None for key, p in model.named_parameters() if "veneer_adapters" not in key)
 
 

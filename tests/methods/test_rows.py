@@ -23,6 +23,8 @@ def everything_attached(family: Family) -> tuple[veneer.Base, list[str | None]]:
     base = veneer.Base(family.model().requires_grad_(False))
     names: list[str | None] = [None]
     for number, name in enumerate(sorted(CONTRACTS)):
+        if not method(name).row_mixable:
+            continue
         for copy in range(2):
             try:
                 adapter = base.attach(method(name), f"{name}{copy}", seed=copy).double()
@@ -173,6 +175,20 @@ def test_what_cannot_be_mixed_says_so() -> None:
     base.attach(veneer.LoRA(rank=2), "a")
     with pytest.raises(AdapterError, match=r"a module sees a batch of 1. .*can't differ there"), base.rows(["a", None]):
         base.model(torch.ones(2, 4))
+
+
+def test_what_replaces_the_whole_base_has_a_batch_of_its_own() -> None:
+    family = FAMILIES["llama"]
+    base, _ = everything_attached(family)
+    adapter = base.attach(method("full"), "whole").double()
+    perturb(adapter, std=0.2)
+    with torch.no_grad():
+        with base.rows(["whole", "whole"]):
+            assert torch.equal(run(base.model, family.inputs), run(adapter, family.inputs))
+        with pytest.raises(AdapterError, match="a batch of their own"), base.rows(["whole", "lora0"]):
+            run(base.model, family.inputs)
+        with pytest.raises(AdapterError, match="a batch of their own"), base.rows(["whole", None]):
+            run(base.model, family.inputs)
 
 
 def test_mistakes() -> None:

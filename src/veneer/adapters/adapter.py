@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from veneer.adapters.plan import Plan
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
+from veneer.bases.families import is_never_called
 from veneer.bases.sites import input_embedding_of
-from veneer.bases.weights import parameters_of, put, stored
+from veneer.bases.weights import parameters_at, parameters_of, put, stored
 from veneer.deltas import Delta, Flow, Replace, Stack, Tokens
-from veneer.errors import AdapterError
-from veneer.methods import Lowering, Method
-from veneer.methods.base import Trained, around_module
+from veneer.errors import AdapterError, VeneerWarning
+from veneer.methods import Lowering, Method, Survey
+from veneer.methods.base import State, around_module
 
 if TYPE_CHECKING:
     from veneer.adapters.base import Base
@@ -42,6 +44,7 @@ class Adapter(Trainable):
         sites: where it acts.
         task: what it was made for, as a plain mapping that goes into its files (template, labels …).
         record: what is known of its training (data, metrics, settings), likewise.
+        unsurveyed: whether its method wants to look at data before it is trained, and has not yet.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Adapter(Trainable):
         self.task = dict(task)
         self.record: dict[str, Any] = {}
         self._condition: Any = None
+        self.unsurveyed = method.surveys()
         self._shared: dict[str, str] = {}
         self._at_sites: dict[str, dict[str, str]] = {}
         self._in_full: dict[str, dict[str, str]] = {}
@@ -74,6 +78,8 @@ class Adapter(Trainable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base with this adapter; arguments and result are those of the base."""
+        if self.unsurveyed and self.training and torch.is_grad_enabled():
+            self._warn_unsurveyed()
         with self.acting():
             return self.base.model(*args, **kwargs)
 
@@ -138,32 +144,78 @@ class Adapter(Trainable):
     def replace(self, method: Method, values: Mapping[str, Mapping[str, Tensor]], shared: Mapping[str, Tensor]) -> None:
         """Be this method with these parameters, by site and shared, from now on; at the same sites as before."""
         for key in [*self._shared.values(), *(key for keys in self._at_sites.values() for key in keys.values())]:
-            self._parameters.pop(key, None)
-            self._buffers.pop(key, None)
-            self._non_persistent_buffers_set.discard(key)
+            self._drop(key)
         self.method = method
         self._shared = self._own("", shared)
         names = _names_in_files(self.sites)
         self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
 
+    def _drop(self, key: str | None) -> None:
+        self._parameters.pop(key, None)  # type: ignore[arg-type]
+        self._buffers.pop(key, None)  # type: ignore[arg-type]
+        self._non_persistent_buffers_set.discard(key)
+
+    @property
+    def state(self) -> State:
+        """Its method, and its parameters by site and shared, as `replace` takes them."""
+        values = {path: self._detached(keys) for path, keys in self._at_sites.items()}
+        return self.method, values, self._detached(self._shared)
+
+    def survey(self, survey: Survey) -> None:
+        """Let its method look at data, if it wants to and has not yet, and start from what it finds there."""
+        if self.unsurveyed:
+            method, values, shared = self.state
+            self.replace(*method.surveyed(self.sites, values, shared, survey))
+            self.unsurveyed = False
+
     def settle(self) -> None:
         """Drop what only training needed. What the adapter does out of training stays the same; training it further
         goes on from there."""
-        now = self.trained()
-        settled = self.method.settled(self.sites, now.parameters, now.shared)
+        method, values, shared = self.state
+        settled = method.settled(self.sites, values, shared)
         if settled is not None:
             self.replace(*settled)
 
-    def trained(self) -> Trained:
-        """Its method and parameters as they are now, for others to start from."""
-        values = {path: self._detached(keys) for path, keys in self._at_sites.items()}
-        return Trained(self.method, values, self._detached(self._shared))
+    def shape_like(self, method: Method, state: Mapping[str, Tensor]) -> None:
+        """Be a method whose parameters are as large as those of a file, to be filled from it."""
+        _, values, shared = self.state
+        self.replace(
+            method,
+            {path: self._as_large(values[path], keys, state) for path, keys in self._at_sites.items()},
+            self._as_large(shared, self._shared, state),
+        )
+        self.unsurveyed = False
+
+    def keys_of(self, names: Collection[str]) -> set[str]:
+        """The keys, in this module, of the method's parameters of these names."""
+        return {key for keys in (self._shared, *self._at_sites.values()) for name, key in keys.items() if name in names}
+
+    @staticmethod
+    def _as_large(
+        values: Mapping[str, Tensor], keys: Mapping[str, str], state: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(state[keys[name]], device=value.device) if keys[name] in state else value
+            for name, value in values.items()
+        }
+
+    def _warn_unsurveyed(self) -> None:
+        self.unsurveyed = False
+        warnings.warn(
+            f"{self.method.name} looks at the data before the first step, and has seen none: it starts from random "
+            "choices instead. veneer.train and `veneer train` show it the data.",
+            VeneerWarning,
+            stacklevel=4,
+        )
 
     def _detached(self, keys: Mapping[str, str]) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self._values(keys).items()}
 
     def own_modules(self, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over modules of the base: they run on parameters of this adapter, with these initial values."""
+        for path, tensors in modules.items():
+            for name in tensors:  # an adapter of the whole model has them already
+                self._drop(self._at_sites.get("", {}).pop(f"{path}.{name}", None))
         self._in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
 
     @property
@@ -209,6 +261,9 @@ class Adapter(Trainable):
         for name in base.adapters:
             base.detach(name)
         tied = _is_tied(base.model)
+        if (whole := plan.pop("", None)) is not None:
+            _merge_whole(base.model, whole, parameters_at(base.model, base.sites.whole))
+        new: dict[nn.Parameter, nn.Parameter] = {}
         for path, delta in plan.items():
             module = base.model.get_submodule(path)
             try:
@@ -216,8 +271,12 @@ class Adapter(Trainable):
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error} Keep the adapter beside the base instead.") from error
             for name, value in merged.items():
+                old = getattr(module, name)
                 own = value.clone(memory_format=torch.contiguous_format)  # it may be the adapter's, which trains on
-                put(module, name, own)
+                twin = new.setdefault(old, nn.Parameter(own, requires_grad=old.requires_grad))
+                same = torch.equal(twin, own)  # what was tied and is changed alike stays tied
+                put(module, name, twin if same else nn.Parameter(own, requires_grad=old.requires_grad))
+        _replace_uncalled(base.model, new)
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         return base.model
@@ -290,7 +349,8 @@ class Adapter(Trainable):
         device = self.base.device
         for name, tensor in tensors.items():
             key = f"{PREFIX}{path}.{name}" if path else name
-            keys[name], tensor = key, tensor.to(device)
+            keys[name] = key
+            tensor = tensor.to(device).contiguous()  # as from a file: a resumed run computes the same bits
             derived = name in self.method.derived()
             if tensor.is_floating_point() and not derived and name not in self.method.fixed():
                 self._parameters[key] = nn.Parameter(tensor)
@@ -318,6 +378,21 @@ def _names_in_files(sites: Sequence[Any]) -> dict[str, str]:
     for module, paths in experts.items():
         names |= {path: module + ".base_layer" * inside for inside, path in enumerate(reversed(paths))}
     return names
+
+
+def _replace_uncalled(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Have modules that only hold what others use (T5's shared table) hold the new values, too."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter in new and is_never_called(path):
+                module._parameters[name] = new[parameter]
+
+
+def _merge_whole(model: nn.Module, delta: Delta, own: Mapping[str, Tensor]) -> None:
+    """Write what a delta of all parameters makes of them into them, so that what is tied stays tied."""
+    with torch.no_grad():
+        for name, value in delta.merge_into(own).items():
+            own[name].copy_(value)
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -18,11 +18,13 @@ from veneer.adapters.plan import Plan
 from veneer.adapters.prefixes import AttentionHooks, PositionHooks
 from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
+from veneer.adapters.whole import Whole
 from veneer.bases import Pretrained
+from veneer.bases.weights import parameters_at
 from veneer.deltas import Flow
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
 from veneer.methods import BaseWeights, Method
-from veneer.methods.base import Trained
+from veneer.methods.base import State
 
 _BANK = "veneer_adapters"
 _ORIGIN = "veneer-origin"
@@ -119,10 +121,11 @@ class Base(Pretrained):
             )
         self._check_name(name)
         trained = [self._trained(origin) for origin in method.origins]
-        method = method.over([each.method for each in trained])
+        method = method.over([each for each, _, _ in trained])
+        weights = BaseWeights(self.model, self.tokenizer, task or {}, loading)
+        method = method.on(weights)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
-        weights = BaseWeights(self.model, self.tokenizer, task or {}, loading)
         fresh = method.initial(sites, generator, weights)
         values, shared = method.started(fresh, method.shared(sites, generator, weights), trained)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})
@@ -135,12 +138,12 @@ class Base(Pretrained):
         self.train_in_full(adapter, modules or {})
         return adapter
 
-    def _trained(self, origin: str) -> Trained:
+    def _trained(self, origin: str) -> State:
         """What a new adapter starts from: an attached adapter, or one in a folder."""
         if origin in self.adapters:
-            return self[origin].trained()
+            return self[origin].state
         self.load(origin, _ORIGIN)
-        return self.detach(_ORIGIN).trained()
+        return self.detach(_ORIGIN).state
 
     def train_in_full(self, adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Let an attached adapter run modules (a task's head) on parameters of its own, with these initial values.
@@ -350,6 +353,7 @@ class Base(Pretrained):
 
     def _freeze(self) -> None:
         self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._execution.whole = Whole(self.model, parameters_at(self.model, self.sites.whole))
         self.model.requires_grad_(False)
         self.model.add_module(_BANK, Bank())
         self._execution.configs = self._configs()

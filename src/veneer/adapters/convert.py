@@ -33,7 +33,8 @@ def converted(
     deltas = {path: delta for path, delta in adapter.lower(training=False).items() if path not in heads}
     sites = {site.path: site for site in base.sites.everything if site.path in deltas}
     if odd := sorted(set(deltas) - set(sites)):
-        raise AdapterError(f"{adapter.method.name} acts at {odd[0]}, which is no map whose weight could be changed.")
+        where = odd[0] or "the whole model"
+        raise AdapterError(f"{adapter.method.name} acts at {where}, which is no map whose weight could be changed.")
     found = {sites[path]: (delta, parameters_of(base.model.get_submodule(path))) for path, delta in deltas.items()}
     method, values, errors = to.of_deltas(found, rank)
     own_heads = {path: {key: value.detach().clone() for key, value in head.items()} for path, head in heads.items()}

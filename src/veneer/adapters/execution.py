@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer.adapters import prefixes
 from veneer.adapters.memory import Memory, carried, carry
 from veneer.adapters.plan import Plan
+from veneer.adapters.whole import Out, Whole
 from veneer.deltas import Flow
 
 Lower = Callable[[Flow], Plan]
@@ -38,6 +39,8 @@ class Execution:
 
     lower: Lower | None = None
     configs: Sequence[Any] = ()
+    whole: Whole | None = None
+    """All parameters of the model, to be swapped at once."""
     checkpointed: Sequence[Any] = ()
     """The modules that transformers may checkpoint."""
     generating: int = 0
@@ -46,6 +49,7 @@ class Execution:
     _plan: Plan | None = None
     _calls: list[nn.Module] = field(default_factory=list)
     _attention: list[tuple[Any, str]] = field(default_factory=list)
+    _out: Out = field(default_factory=list)
     _lock: Any = field(default_factory=threading.RLock)
 
     @property
@@ -62,6 +66,8 @@ class Execution:
         if len(self._calls) == 1:
             self.flow = _flow(module, args, kwargs)
             self._plan = self.lower(self.flow) if self.lower else Plan()
+            if self._plan.whole is not None and self.whole is not None:
+                self._out = self.whole.swap_in(self._plan.whole)
             if self._plan.attention:
                 self._attention = prefixes.switch_on(self.configs)
             if self.lower and module.training:
@@ -75,6 +81,7 @@ class Execution:
         if not self._calls:
             if isinstance(self.flow.memory, Memory) and output is not None:
                 carry(getattr(output, "past_key_values", None), self.flow.memory)
+            Whole.swap_out(self._out)
             self._plan, self.flow = None, Flow()
             prefixes.switch_off(self._attention)
             self._attention = []
@@ -128,10 +135,12 @@ class Execution:
     def _again(self, plan: Plan, flow: Flow) -> Iterator[None]:
         before, self.flow = self.flow, flow
         switched = prefixes.switch_on(self.configs) if plan.attention else []
+        out = self.whole.swap_in(plan.whole) if plan.whole is not None and self.whole is not None else []
         try:
             with self.part(plan):
                 yield
         finally:
+            Whole.swap_out(out)
             prefixes.switch_off(switched)
             self.flow = before
 

@@ -210,6 +210,7 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         loading=True,
     )
     adapter.record = dict(record.get("training", {}))
+    adapter.unsurveyed = False
     try:
         base.train_in_full(adapter, modules)
         _fill(adapter, state, path)
@@ -223,6 +224,16 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
             stacklevel=3,
         )
     return adapter
+
+
+def resume(adapter: Adapter, folder: Path) -> None:
+    """Have an attached adapter be of the method and the sizes that its checkpoint in ``folder`` has; what is in it is
+    for the caller to fill in.
+
+    Raises:
+        AdapterFileError: the checkpoint is not intact.
+    """
+    adapter.shape_like(read_method(folder), read_weights(folder / WEIGHTS, None))
 
 
 def acts(adapter: Adapter) -> bool:
@@ -342,7 +353,12 @@ def _is_in_full(key: str, in_full: tuple[str, ...]) -> bool:
 
 
 def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy the file's tensors into the adapter's parameters, which must be the same ones in the same shapes."""
+    """Copy the file's tensors into the adapter's parameters, which must be the same ones, in the same shapes but for
+    those whose sizes the file tells."""
+    if adapter.method.sized():
+        adapter.shape_like(
+            adapter.method, {key: state[key] for key in adapter.keys_of(adapter.method.sized()) & state.keys()}
+        )
     own = adapter.state_dict(keep_vars=True)
     wrong = [f"misses {key}" for key in sorted(own.keys() - state.keys())]
     wrong += [f"has {key}, which has no place" for key in sorted(state.keys() - own.keys())]
@@ -361,3 +377,6 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], path: Path) -> None:
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(state[key])
+    for site in adapter.sites:
+        if fault := adapter.method.fault(site, adapter.parameters_at(site.path)):
+            raise AdapterFileError(f"{path} is broken at {site.path}: {fault}. Get it again.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from veneer.bases import SiteMap
 from veneer.deltas import Among, Delta, KeyValues, Rows, Stack, Tokens
+from veneer.errors import AdapterError
 
 ByRow = Sequence[Delta | None]
 """A delta for each row of the batch, or none."""
@@ -52,7 +53,18 @@ class Plan:
 
     @classmethod
     def by_rows(cls, plans: Sequence[tuple[Sequence[int], Plan]], rows: int, sites: SiteMap) -> Plan:
-        """Of several adapters, each for some rows of a base with these sites."""
+        """Of several adapters, each for some rows of a base with these sites.
+
+        Raises:
+            AdapterError: one of them runs the whole model on parameters of its own, and others are there.
+        """
+        if any(plan.whole for _, plan in plans):
+            if len(plans) == 1 and len(plans[0][0]) == rows:
+                return plans[0][1]
+            raise AdapterError(
+                "An adapter that replaces all of the base's parameters (full fine-tuning) shares nothing with other "
+                "rows; give its rows a batch of their own."
+            )
         split: dict[str, list[tuple[Sequence[int], Plan]]] = {}
         whole = plans
         for path, how in sites.splits.items():
@@ -88,6 +100,11 @@ class Plan:
         tokens = [plan.tokens for _, plan in plans]
         spread_tokens = spread(tokens) if any(each is not None for each in tokens) else None
         return cls(modules, attention, spread_tokens, rows, {path: found for path, found in split.items() if found})
+
+    @property
+    def whole(self) -> Delta | None:
+        """What acts on all of the model's parameters at once."""
+        return self.modules.get("")
 
     def prefix_lengths(self, stack: str) -> Sequence[int] | None:
         """How many keys stand before the real ones in a stack of layers, told by how its modules' paths begin.

@@ -112,6 +112,38 @@ class SiteMap(Sequence[Site]):
         ]
 
     @property
+    def whole(self) -> Site:
+        """The model itself, all its parameters by their paths."""
+        return Site("", 0, 0, "model")
+
+    @property
+    def token_table(self) -> str:
+        """Path of the module that holds the input embedding's weight; where several share it, the first.
+
+        Raises:
+            TargetError: the base has none.
+        """
+        return owner_of(self._model, self._modules[self.input_embedding.path])
+
+    @cached_property
+    def token_tables(self) -> Sequence[Site]:
+        """The input embedding, and the modules that share its weight: the decoder's embedding, the output projection.
+
+        Raises:
+            TargetError: the base has none.
+        """
+        first = self.input_embedding
+        table = parameters_of(self._modules[first.path])["weight"]
+        found = [first]
+        for path, module in self._modules.items():
+            tied = module._parameters.get("weight") is table
+            if path != first.path and tied and not is_never_called(path):
+                kind = EMBEDDING if isinstance(module, nn.Embedding) else "linear"
+                width = (table.shape[0], table.shape[1]) if kind == EMBEDDING else (table.shape[1], table.shape[0])
+                found.append(Site(path, *width, kind))
+        return found
+
+    @property
     def input_embedding(self) -> Site:
         """The embedding of the input ids.
 
@@ -301,6 +333,12 @@ def _counted(table: nn.Embedding) -> int:
     """How many positions a table has, without the rows before the first (RoBERTa's, OPT's, BART's)."""
     skipped = table.padding_idx + 1 if table.padding_idx is not None else int(getattr(table, "offset", 0))
     return table.num_embeddings - skipped
+
+
+def owner_of(model: nn.Module, module: nn.Module) -> str:
+    """Path of the first module that has this one's weight."""
+    weight = module._parameters["weight"]
+    return next(path for path, other in model.named_modules() if other._parameters.get("weight") is weight)
 
 
 def _counts_positions(path: str, module: nn.Module) -> bool:

@@ -37,13 +37,12 @@ def stored(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     return dict(values)
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a module a parameter of this value, as it stores it, that takes a gradient if its own does."""
+def put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a module a parameter in place of its own, or of the factors it keeps a weight as."""
     if isinstance(module, FactoredLinear) and name == "weight":
-        module.be_dense(nn.Parameter(value, requires_grad=module.weight.requires_grad))
-        return
-    own = module._parameters[name]
-    module._parameters[name] = nn.Parameter(value, requires_grad=own is not None and own.requires_grad)
+        module.be_dense(parameter)
+    else:
+        module._parameters[name] = parameter
 
 
 def weight_of(site: Site, value: Tensor) -> Tensor:
@@ -58,6 +57,10 @@ def bare(site: Site, weight: Tensor, like: Tensor) -> Tensor:
 
 
 def parameters_at(model: nn.Module, site: Site) -> dict[str, Tensor]:
-    """The base's own parameters at a site by name, weights as ``[…, out, in]``."""
+    """The base's own parameters at a site by name, weights as ``[…, out, in]``; of the whole model all there are, as
+    it stores them, tied ones once."""
+    if site.path == "":
+        own = set(model.state_dict(keep_vars=True))  # without those of adapters
+        return {name: value for name, value in model.named_parameters() if name in own}
     found = parameters_of(model.get_submodule(site.module))
     return found if site.parameter is None else {"weight": weight_of(site, found[site.parameter])}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,6 +54,28 @@ class Lowering(BaseWeights):
     condition: Any = None
 
 
+class Survey(Protocol):
+    """The data a method may look at before the first step, through the adapter as it starts out."""
+
+    def gradients(self, sites: Sequence[Site], examples: int) -> Iterator[Mapping[str, Tensor]]:
+        """∂ −log p(y | x) / ∂ W of single examples, one after the other, W the base's weight at each site.
+
+        Args:
+            sites: where.
+            examples: how many; all there are, if there are fewer.
+
+        Yields:
+            Path of a site -> ``[…, out, in]``.
+        """
+
+    def inputs(self, sites: Sequence[Site], examples: int) -> Iterator[Mapping[str, Tensor]]:
+        """What the maps at these sites are given, batch by batch, padding left out.
+
+        Yields:
+            Path of a site -> ``[tokens, in]``, float32.
+        """
+
+
 class Course:
     """What a method does in the course of training besides taking gradients; each part does nothing by default.
 
@@ -70,6 +92,10 @@ class Course:
     def after_step(self, step: int) -> None:
         """Called when the optimiser has moved the parameters."""
 
+    def final_from(self) -> int:
+        """The first step whose weights may be kept as the run's best: those before are not yet what was asked for."""
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """The tensors a resumed run needs, by name; they are written in place when it is resumed."""
         return {}
@@ -80,26 +106,15 @@ def widened(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained adapter, as other methods may start from it.
-
-    Attributes:
-        method: what it is.
-        parameters: by site.
-        shared: by all sites.
-    """
-
-    method: Method
-    parameters: Mapping[str, Mapping[str, Tensor]]
-    shared: Mapping[str, Tensor]
-
-
 def around_module(site: Any, delta: Delta) -> Delta:
     """A site's delta as it acts on the module the site belongs to, which may keep the map as a bare parameter."""
     if (name := getattr(site, "parameter", None)) is None:
         return delta
     return AtParameter(name, delta, functools.partial(weight_of, site), functools.partial(bare, site))
+
+
+State = tuple["Method", Mapping[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""A method, its parameters by site, and its shared ones."""
 
 
 class Method(BaseModel):
@@ -120,6 +135,8 @@ class Method(BaseModel):
     """A default that learns."""
     conditioned: ClassVar[bool] = False
     """Whether it acts by what each row is told of its task."""
+    row_mixable: ClassVar[bool] = True
+    """Whether rows under it may share a batch with rows that are not."""
     peft_type: ClassVar[str]
     """Its ``peft_type`` in ``adapter_config.json``: peft's own wherever peft has the method."""
     peft_prefix: ClassVar[str] = "base_model.model."
@@ -155,7 +172,7 @@ class Method(BaseModel):
         self,
         parameters: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
-        trained: Sequence[Trained],
+        trained: Sequence[State],
     ) -> tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Tensor]]:
         """Its initial values, by site and shared, with what comes from its origins."""
         return parameters, shared
@@ -186,6 +203,18 @@ class Method(BaseModel):
         """Names of parameters that are neither trained nor kept, because the settings alone say what they are."""
         return ()
 
+    def sized(self) -> Collection[str]:
+        """Names of parameters whose sizes data or training decide: whoever reads its files takes them from there."""
+        return ()
+
+    def fault(self, site: Any, parameters: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with parameters from a file whose sizes it told, or that point somewhere; None if nothing."""
+        return None
+
+    def on(self, base: BaseWeights) -> Method:
+        """The method with what only this base can tell (which id a token has)."""
+        return self
+
     @abstractmethod
     def lower(self, site: Any, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The delta the parameters, shared and the site's own, amount to; differentiable, evaluated once a step."""
@@ -210,6 +239,24 @@ class Method(BaseModel):
         """How many times the learning rate the parameter of this name takes."""
         return 1.0
 
+    def surveys(self) -> bool:
+        """Whether it wants to look at the data before the first step of a training."""
+        return False
+
+    def surveyed(
+        self,
+        sites: Sequence[Any],
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+        survey: Survey,
+    ) -> State:
+        """What it starts from once it has seen the data: the method, its parameters by site and its shared ones.
+
+        Called once, before the first step, of methods that say so by `surveys`. Deterministic: a run that is
+        reproduced sees the same data again.
+        """
+        return self, dict(parameters), dict(shared)
+
     def course(self, parameters: Mapping[str, Mapping[str, Tensor]], steps: int) -> Course | None:
         """What it does in the course of a training of so many steps, given its parameters by site; None for nothing."""
         return None
@@ -219,7 +266,7 @@ class Method(BaseModel):
         sites: Sequence[Any],
         parameters: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
-    ) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
+    ) -> State | None:
         """What it comes to once it is trained: a method without what only training needs, its parameters by site and
         its shared ones, which act at the same sites as these do out of training; None for as it is.
         """

@@ -39,7 +39,7 @@ class DoRA(LoRA):
     """None: the norms are those of the whole update."""
     bias: Literal[False] = False
     """None."""
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "eva"] = "kaiming"
     """What the factors start from."""
 
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from veneer.bases import SiteMap
 from veneer.deltas import Delta
 from veneer.deltas import Fusion as FusionDelta
 from veneer.errors import TargetError
-from veneer.methods.base import Course, Lowering, Method, Trained
+from veneer.methods.base import Course, Lowering, Method, State
 from veneer.methods.mix import Member
 from veneer.methods.mixture import Junction, Mixture, key_of, parameters_of
 
@@ -71,14 +71,14 @@ class Fusion(Mixture):
         self,
         parameters: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
-        trained: Sequence[Trained],
+        trained: Sequence[State],
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """With the adapters' own parameters."""
         values = {path: dict(own) for path, own in parameters.items()}
         common = dict(shared)
-        for index, adapter in enumerate(trained):
-            common |= {key_of(index, name): value for name, value in adapter.shared.items()}
-            for path, own in adapter.parameters.items():
+        for index, (_, theirs, together) in enumerate(trained):
+            common |= {key_of(index, name): value for name, value in together.items()}
+            for path, own in theirs.items():
                 values[path] |= {key_of(index, name): value for name, value in own.items()}
         return values, common
 

@@ -5,7 +5,7 @@
 A is Kaiming-uniform(√5), as in the authors' code; B is zero, so the adapted model starts out bit-equal to the
 base. Trained and stored: r · (in + out) numbers a site, in a stack of experts as many for each. With `bias`, B has
 one: y += s · b. Merges into the weight. With `freeze_a` only B is trained (LoRA-FA, Zhang et al. 2023,
-arXiv:2308.03303). Other starts: `veneer.methods.starts`.
+arXiv:2308.03303). Other starts: `veneer.methods.starts`, and `veneer.methods.eva`, told by the data.
 
 Use it first: it learns well on all linear layers at about ten times full fine-tuning's learning rate, costs
 nothing once merged, and every server reads it. Prefer a smaller method where thousands of adapters must be kept
@@ -28,7 +28,8 @@ from veneer.bases import Site, SiteMap
 from veneer.bases.sites import EMBEDDING, EXPERTS
 from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
 from veneer.errors import AdapterError, AdapterFileError, TargetError, did_you_mean
-from veneer.methods.base import BaseWeights, Lowering
+from veneer.methods.base import BaseWeights, Lowering, State, Survey
+from veneer.methods.eva import directions
 from veneer.methods.factors import Factors, factors_of
 from veneer.methods.starts import SHIFTING, STARTS
 from veneer.methods.targeted import Targeted
@@ -80,8 +81,12 @@ class LoRA(Targeted):
     """Scale by alpha / √rank instead, so that large ranks learn as fast."""
     bias: bool = False
     """Give B a bias."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
-    """What the factors start from; all but kaiming are for linear maps."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "kaiming"
+    """What the factors start from; all but kaiming are for linear maps. EVA's are told by the training data."""
+    rho: float = Field(2.0, ge=1)
+    """With init: eva, a map may get up to so many times its rank, as others get less; 1 leaves ranks as they are."""
+    examples: int = Field(64, ge=1)
+    """With init: eva, how many rows of the training data are looked at."""
     freeze_a: bool = False
     """Train B only (LoRA-FA): half the optimiser's memory, and fewer activations kept."""
     b_rate: float = Field(1.0, gt=0)
@@ -135,6 +140,8 @@ class LoRA(Targeted):
             raise TargetError(f"bias is for linear maps, and {odd[0].path} is no module of that kind; leave it out.")
         if self.init != "kaiming" and (odd := [site for site in found if site.kind != "linear"]):
             raise TargetError(f"init: {self.init} is for linear maps, and {odd[0].path} is of kind {odd[0].kind}.")
+        if self.init == "eva" and bare:
+            raise TargetError(f"init: eva looks at a map's input, and {bare[0]} has none to itself; leave it out.")
         if self.init == "orthogonal" and (uneven := [site for site in found if self.rank_at(site) % 2]):
             raise TargetError(
                 f"init: orthogonal needs an even rank, and {uneven[0].path} has {self.rank_at(uneven[0])}."
@@ -158,7 +165,7 @@ class LoRA(Targeted):
         if site.kind == EMBEDDING:
             b = torch.randn(site.out_features, rank, generator=generator)
             return {"lora_embedding_A": torch.zeros(rank, site.in_features), "lora_embedding_B": b}
-        if self.init != "kaiming":
+        if self.init not in ("kaiming", "eva"):
             return self._started(site, generator, base)
         rows = rank * (site.count or 1)
         bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))  # what kaiming_uniform_(a=√5) comes to
@@ -166,6 +173,34 @@ class LoRA(Targeted):
         b = torch.zeros(site.out_features, rows, *[1] * len(site.kernel))
         bias = {"lora_B.bias": torch.zeros(site.out_features)} if self.bias else {}
         return {"lora_A.weight": a, "lora_B.weight": b, **bias}
+
+    def surveys(self) -> bool:
+        """For EVA."""
+        return self.init == "eva"
+
+    def surveyed(
+        self,
+        sites: Sequence[Site],
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+        survey: Survey,
+    ) -> State:
+        """A from the inputs' leading directions, ranks by how much they explain, scales as they were."""
+        wanted = {site.path: self.rank_at(site) for site in sites}
+        found = directions(survey.inputs(sites, self.examples), wanted, self.rho)
+        new, alphas = {path: dict(values) for path, values in parameters.items()}, {}
+        for site in sites:
+            if (a := found.get(site.path)) is not None:  # else nothing came by here
+                b = torch.zeros(site.out_features, len(a), device=a.device)
+                new[site.path] |= {"lora_A.weight": a, "lora_B.weight": b}
+                wanted[site.path] = len(a)
+            rank = wanted[site.path]
+            alphas[site.path] = self.scale_at(site) * (math.sqrt(rank) if self.rank_stabilized else rank)
+        patterns = {
+            "rank_pattern": {path: rank for path, rank in wanted.items() if rank != self.rank},
+            "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != self.alpha},
+        }
+        return self.model_copy(update=patterns), new, shared
 
     def _started(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The factors of another start than the usual one, on the base's device, where decomposing is fast."""
@@ -227,7 +262,7 @@ class LoRA(Targeted):
             }
         if self.init in SHIFTING:
             fields["peft_type"] = "VENEER_LORA"  # peft keeps no start beside the factors
-        ours_alone = ("init", "freeze_a", "b_rate")  # of how it is trained, not of what it does
+        ours_alone = ("init", "rho", "examples", "freeze_a", "b_rate")  # of how it is trained, not of what it does
         fields = {key: value for key, value in fields.items() if key not in ours_alone}
         return fields | {"bias": "none", "init_lora_weights": True}
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from veneer.methods.base import Method
+from veneer.methods.base import BaseWeights, Method
 from veneer.methods.mixture import Mixture
 
 
@@ -47,3 +47,7 @@ class Mix(Mixture):
     def members(self) -> Sequence[Method]:
         """Those given."""
         return self.methods
+
+    def on(self, base: BaseWeights) -> Method:
+        """With what only this base can tell of each."""
+        return Mix(methods=[method.on(base) for method in self.methods])

@@ -8,7 +8,7 @@ multiplied alike where a run asks for another one than the default.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from veneer.bases import SiteMap
 from veneer.deltas import Delta, Stack
-from veneer.methods.base import BaseWeights, Course, Lowering, Method, around_module
+from veneer.methods.base import BaseWeights, Course, Lowering, Method, State, Survey, around_module
+
+_Values = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Mixture(Method):
         """Those of each method."""
         return _Names([method.derived() for method in self.members()])
 
+    def sized(self) -> Collection[str]:
+        """Those of each method."""
+        return {key_of(index, name) for index, method in enumerate(self.members()) for name in method.sized()}
+
+    def fault(self, site: Junction, parameters: Mapping[str, Tensor]) -> str | None:
+        """That of the first method with one."""
+        faults = (self.members()[index].fault(own, parameters_of(index, parameters)) for index, own in site.members)
+        return next((fault for fault in faults if fault), None)
+
     def lower(self, site: Junction, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """One after the other."""
         members = self.members()
@@ -116,27 +127,55 @@ class Mixture(Method):
                 courses[index] = course
         return _Courses(courses) if courses else None
 
+    def surveys(self) -> bool:
+        """Whether one of them wants to look at the data."""
+        return any(method.surveys() for method in self.members())
+
+    def surveyed(
+        self,
+        sites: Sequence[Junction],
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        shared: Mapping[str, Tensor],
+        survey: Survey,
+    ) -> State:
+        """A mix of what each method starts from."""
+
+        def look(method: Method, own: Sequence[Any], values: _Values, common: Mapping[str, Tensor]) -> State | None:
+            return method.surveyed(own, values, common, survey) if method.surveys() else None
+
+        return self._each(sites, parameters, shared, look) or (self, parameters, shared)
+
     def settled(
         self,
         sites: Sequence[Junction],
         parameters: Mapping[str, Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
-    ) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]] | None:
+    ) -> State | None:
         """A mix of what each method comes to."""
+        return self._each(sites, parameters, shared, lambda method, *state: method.settled(*state))
+
+    def _each(
+        self,
+        sites: Sequence[Junction],
+        parameters: _Values,
+        shared: Mapping[str, Tensor],
+        become: Callable[[Method, Sequence[Any], _Values, Mapping[str, Tensor]], State | None],
+    ) -> State | None:
+        """A mix of what each method becomes; None if all stay as they are."""
         from veneer.methods.mix import Mix
 
-        members = list(self.members())
+        members, changed = list(self.members()), False
         new_values: dict[str, dict[str, Tensor]] = {path: {} for path in parameters}
         new_shared: dict[str, Tensor] = {}
         for index, method in enumerate(members):
-            own = {path: its for path, values in parameters.items() if (its := parameters_of(index, values))}
-            all_its = {site.path: own.get(site.path, {}) for site in _of(index, sites)}
-            settled = method.settled(_of(index, sites), all_its, parameters_of(index, shared))
-            members[index], values, common = settled or (method, own, parameters_of(index, shared))
+            own = {site.path: parameters_of(index, parameters[site.path]) for site in _of(index, sites)}
+            found = become(method, _of(index, sites), own, parameters_of(index, shared))
+            changed |= found is not None
+            members[index], values, common = found or (method, own, parameters_of(index, shared))
             new_shared |= {key_of(index, name): value for name, value in common.items()}
             for path, its in values.items():
                 new_values[path] |= {key_of(index, name): value for name, value in its.items()}
-        return None if members == list(self.members()) else (Mix(methods=members), new_values, new_shared)
+        return (Mix(methods=members), new_values, new_shared) if changed else None
 
     def to_peft(self, sites: Sequence[Any], site_map: SiteMap) -> dict[str, Any]:
         """As it is: peft keeps no mixtures."""
@@ -171,6 +210,9 @@ class _Courses(Course):
     def after_step(self, step: int) -> None:
         for course in self.courses.values():
             course.after_step(step)
+
+    def final_from(self) -> int:
+        return max(course.final_from() for course in self.courses.values())
 
     def state(self) -> dict[str, Tensor]:
         return {key_of(i, name): value for i, course in self.courses.items() for name, value in course.state().items()}

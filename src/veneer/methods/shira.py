@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Sparse
 from veneer.methods.base import BaseWeights, Lowering
+from veneer.methods.entries import distinct, matrix_fault
 from veneer.methods.targeted import Targeted
 
 
@@ -40,9 +41,15 @@ class SHiRA(Targeted):
         """Values ``[nnz]``, zero; indices ``[2, nnz]``, fixed: row and column."""
         total = site.in_features * site.out_features
         count = min(self.rank * (site.in_features + site.out_features), total)
-        chosen = _distinct(count, total, generator)
+        chosen = distinct(count, total, generator)
         indices = torch.stack([chosen // site.in_features, chosen % site.in_features])
         return {"shira_weight": torch.zeros(count), "shira_indices": indices.to(torch.int32)}
+
+    def fault(self, site: Site, parameters: Mapping[str, Tensor]) -> str | None:
+        """Indices must lie in the weight."""
+        return matrix_fault(
+            parameters["shira_weight"], parameters["shira_indices"], site.out_features, site.in_features
+        )
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """A sparse change of the weight."""
@@ -52,13 +59,3 @@ class SHiRA(Targeted):
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With targets in module names."""
         return {"r": self.rank, "target_modules": site_map.shortest_names(sites), "mask_type": "random"}
-
-
-def _distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """``count`` different numbers below ``total``, sorted; a permutation of millions would take seconds a map."""
-    chosen = torch.empty(0, dtype=torch.long)
-    while len(chosen) < count:
-        more = torch.randint(total, (count,), generator=generator)
-        chosen = torch.cat([chosen, more]).unique()
-    keep = torch.randperm(len(chosen), generator=generator)[:count]
-    return chosen[keep].sort().values

@@ -47,6 +47,11 @@ class Conduct(transformers.TrainerCallback):
         if self.course is not None:
             self.course.after_step(state.global_step + 1)
 
+    @property
+    def final_from(self) -> int:
+        """The first step whose weights may be kept as the best."""
+        return self.course.final_from() if self.course is not None else 0
+
     def penalty(self) -> Tensor | None:
         """To be added to a step's mean loss."""
         return self.course.penalty() if self.course is not None else None

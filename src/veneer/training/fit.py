@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-from veneer.adapters import Adapter
+from veneer.adapters import Adapter, files
 from veneer.data import Part
 from veneer.errors import ConfigError, Interrupted, OutputError, TrainingError, VeneerError
 from veneer.tasks import Checked, Task
@@ -22,6 +22,7 @@ from veneer.training.preflight import Pace
 from veneer.training.progress import Progress, Samples, console, peak_memory
 from veneer.training.rows import TRAINING, VALIDATION
 from veneer.training.settings import TrainSettings
+from veneer.training.survey import survey
 from veneer.training.trainer import Trainer
 
 
@@ -82,6 +83,8 @@ def fit(
         Interrupted: a signal asked to stop.
     """
     base = adapter.base
+    if resume is not None:
+        files.resume(adapter, resume)
     train_set, validation = checked.prepared[TRAINING], checked.prepared.get(VALIDATION)
     arguments = _arguments(adapter, settings, output, len(train_set.examples), validation is not None, resume)
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)
@@ -99,6 +102,7 @@ def fit(
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     begin()
+    survey(adapter, task, train_set, settings)
     if settings.checkpointing:
         base.enable_checkpointing()
     try:

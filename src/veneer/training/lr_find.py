@@ -26,6 +26,7 @@ from veneer.adapters import Adapter
 from veneer.errors import ConfigError, TrainingError
 from veneer.tasks import Task
 from veneer.training.settings import TrainSettings
+from veneer.training.survey import survey
 from veneer.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -104,11 +105,15 @@ def find_learning_rate(
     rates = [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
     enough = steps * settings.batch_size * settings.accumulation
     rows = rows.shuffle(seed=settings.seed).select(range(min(enough, len(rows))))
+    unsurveyed, state = adapter.unsurveyed, adapter.state
     before = {name: value.clone() for name, value in adapter.state_dict().items()}
     recorder = _Recorder()
     try:
         exploded = _run(adapter, task, rows, settings, rates, recorder)
     finally:
+        if unsurveyed:  # it starts from its data again next time
+            adapter.replace(*state)
+            adapter.unsurveyed = True
         adapter.load_state_dict(before)
         adapter.zero_grad(set_to_none=True)
         adapter.eval()
@@ -141,6 +146,7 @@ def _run(
     if adapter.base.tokenizer is None:
         raise ConfigError(f"{adapter.base.name} has no tokenizer; pass one: veneer.Base(model, tokenizer).")
     train_set = task.prepare(rows, adapter.base.tokenizer)
+    survey(adapter, task, train_set, settings)
     with tempfile.TemporaryDirectory(prefix="veneer-") as folder:
         known = settings.arguments(Path(folder), rows=len(train_set.examples), learning_rate=1.0, validate=False)
         options: dict[str, Any] = known | {

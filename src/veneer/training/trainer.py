@@ -222,6 +222,12 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.model, Path(resume_from_checkpoint))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As transformers'; but of the steps only whose weights the method is content with."""
+        if self._conduct is not None and self.state.global_step < self._conduct.final_from:
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
+
     def _load_best_model(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         restore(self.model, best)
