@@ -100,7 +100,7 @@ class VBLoRA(Targeted):
         return next(length for length in range(min(self.vector_length, common), 0, -1) if common % length == 0)
 
     def rate(self, name: str) -> float:
-        """The logits take ten times the bank's, as in the paper, whose own rates, an eighth of these, want more steps."""
+        """The logits take ten times the bank's, as in the paper, whose rates are an eighth of these."""
         return 10.0 if name in (_A, _B) else 1.0
 
     def fixed(self) -> Collection[str]:
