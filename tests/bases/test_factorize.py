@@ -147,6 +147,7 @@ def test_merged_models_keep_what_is_still_factored(folder: Path, tiny_folder: Pa
     assert command("merge", "b", "dense") == 0
     plain = transformers.AutoModelForCausalLM.from_pretrained("dense")
     assert off(logits(plain), logits(whole)) < 1e-4
+    assert not ranks_of(veneer.load_base("dense").backbone)
 
 
 def test_adapters_know_their_base(folder: Path, tiny_folder: Path) -> None:
