@@ -82,9 +82,13 @@ def test_tables_that_scale_their_rows() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"init": "text"}, ConfigError, "init: text and the text go together"),
-        ({"init": "text", "text": "  "}, ConfigError, "init: text and the text go together"),
-        ({"text": TEXT}, ConfigError, "init: text and the text go together"),
+        ({"init": "text"}, ConfigError, "method: init: text and the text itself go together, give both or neither$"),
+        (
+            {"init": "text", "text": "  "},
+            ConfigError,
+            "method: init: text and the text itself go together, give both or neither$",
+        ),
+        ({"text": TEXT}, ConfigError, "method: init: text and the text itself go together, give both or neither$"),
         ({"labels": ["a"]}, ConfigError, "labels are for init: class-labels"),
         ({"init": "words"}, ConfigError, "method.init"),
         ({"init": "class-labels"}, AdapterError, r"needs labels.*method.labels=\[spam, ham\]"),
