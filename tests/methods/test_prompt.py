@@ -12,6 +12,7 @@ from families import FAMILIES
 from test_contract import off
 
 import veneer
+from helpers import perturb
 from veneer.errors import AdapterError, ConfigError
 from veneer.methods import method_class
 
@@ -60,7 +61,7 @@ def test_labels_come_first_and_are_means_of_their_tokens(base: veneer.Base) -> N
 def test_an_adapter_in_use_is_not_mistaken_for_the_base(base: veneer.Base) -> None:
     plain = table(base, init="text", text=TEXT)
     other = base.attach(veneer.LoRA(rank=2, targets="word_embeddings"), "other")
-    torch.nn.init.ones_(next(p for key, p in other.named_parameters() if key.endswith("lora_embedding_B")))
+    perturb(other)
     base.activate("other")
     assert torch.equal(table(base, init="text", text=TEXT), plain)
 
@@ -82,9 +83,13 @@ def test_tables_that_scale_their_rows() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"init": "text"}, ConfigError, "init: text and the text go together"),
-        ({"init": "text", "text": "  "}, ConfigError, "init: text and the text go together"),
-        ({"text": TEXT}, ConfigError, "init: text and the text go together"),
+        ({"init": "text"}, ConfigError, "method: init: text and the text itself go together, give both or neither$"),
+        (
+            {"init": "text", "text": "  "},
+            ConfigError,
+            "method: init: text and the text itself go together, give both or neither$",
+        ),
+        ({"text": TEXT}, ConfigError, "method: init: text and the text itself go together, give both or neither$"),
         ({"labels": ["a"]}, ConfigError, "labels are for init: class-labels"),
         ({"init": "words"}, ConfigError, "method.init"),
         ({"init": "class-labels"}, AdapterError, r"needs labels.*method.labels=\[spam, ham\]"),

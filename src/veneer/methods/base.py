@@ -223,7 +223,10 @@ class Method(BaseModel):
     def _problems(cls, error: ValidationError) -> list[str]:
         found = []
         for problem in error.errors():
-            key = str(problem["loc"][0]) if problem["loc"] else ""
+            if not problem["loc"]:  # several of its settings, together
+                found.append(f"method: {problem['msg'].removeprefix('Value error, ')}")
+                continue
+            key = str(problem["loc"][0])
             if problem["type"] != "extra_forbidden":
                 found.append(
                     f"method.{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})"

@@ -56,7 +56,7 @@ class Prompt(VirtualTokens):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if (self.init == "text") != bool(self.text and self.text.strip()):
-            raise ValueError("init: text and the text go together; give both, or neither")
+            raise ValueError("init: text and the text itself go together, give both or neither")
         if self.labels and self.init != "class-labels":
             raise ValueError("labels are for init: class-labels")
         return self
