@@ -98,7 +98,7 @@ def test_every_family_is_written_and_read(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("name", sorted(CONTRACTS))
+@pytest.mark.parametrize("name", sorted(set(CONTRACTS) - {"full"}))  # which trains the factors themselves
 def test_every_method_acts_on_whole_maps(name: str, family: str, tmp_path: Path) -> None:
     """As on the same base with dense maps of the same product; and merged into dense ones."""
     model, inputs = factored(family), FAMILIES[family].inputs
