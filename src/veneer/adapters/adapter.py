@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
+from veneer.bases.quantized import restore
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import bare, parameters_of, stored, weight_of
 from veneer.deltas import AtParameter, Delta, Replace, Stack, Tokens
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, VeneerWarning
 from veneer.methods import Lowering, Method
 
 if TYPE_CHECKING:
@@ -170,12 +172,20 @@ class Adapter(Trainable):
         return sum(p.nbytes for p in self.parameters())
 
     def merged(self) -> nn.Module:
-        """A copy of the base model with this adapter folded into its weights. The base stays as it is."""
+        """A copy of the base model with this adapter folded into its weights. The base stays as it is.
+
+        If the base is quantised, the copy isn't: its weights are what the quantised ones stand for.
+
+        Raises:
+            AdapterError: it cannot be merged.
+        """
         plan = self.lower(training=False)
         base = copy.deepcopy(self.base)
         for name in base.adapters:
             base.detach(name)
         tied = _is_tied(base.model)
+        if base.quantized:
+            restore(base.model)
         for path, delta in plan.items():
             module = base.model.get_submodule(path)
             try:
@@ -187,6 +197,14 @@ class Adapter(Trainable):
                 module._parameters[name] = nn.Parameter(own, requires_grad=module._parameters[name].requires_grad)  # type: ignore[union-attr]
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if self.base.quantized:
+            warnings.warn(
+                f"The base is quantised ({self.base.quantized}); the adapter was merged into the weights that stands "
+                "for, and the merged model is not quantised. Quantising it again rounds the adapter's changes, many of "
+                "which are smaller than a step of the grid: they can be lost. Measure it, or keep the adapter apart.",
+                VeneerWarning,
+                stacklevel=2,
+            )
         return base.model
 
     def save(self, folder: Any) -> None:

@@ -84,6 +84,7 @@ class Base(Pretrained):
         modules: Mapping[str, Mapping[str, Tensor]] | None = None,
         task: Mapping[str, Any] | None = None,
         seed: int = 0,
+        blank: bool = False,
     ) -> Adapter:
         """Attach a new adapter.
 
@@ -93,6 +94,7 @@ class Base(Pretrained):
             modules: modules that run on parameters of the adapter's own (a head): path -> name -> initial value.
             task: what the adapter is for, to be kept in its files.
             seed: of its random initial values. The global random state is left alone.
+            blank: its values are to be filled in from elsewhere, so those it starts from may be anything.
 
         Raises:
             AdapterError: the name is taken or not a name.
@@ -106,7 +108,7 @@ class Base(Pretrained):
         self._check_name(name)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)
-        weights = BaseWeights(self.model)
+        weights = BaseWeights(self.model, unquantized=self.original, blank=blank)
         values = {site.path: method.parameters(site, generator, weights) for site in sites}
         shared = method.shared(sites, generator, weights)
         adapter = Adapter.over(self.model)(self, name, method, sites, values, shared, task or {})

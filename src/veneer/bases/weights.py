@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from veneer.bases.quantized import weight_behind
+
 if TYPE_CHECKING:
     from veneer.bases.sites import Site
 
@@ -20,8 +22,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters by name, the weight as ``[out, in]``."""
-    found = {name: value for name, value in module._parameters.items() if value is not None}
+    """A module's own parameters by name, the weight as ``[out, in]``; quantised ones as what they stand for."""
+    found: dict[str, Tensor] = {name: value for name, value in module._parameters.items() if value is not None}
+    if (weight := weight_behind(module)) is not None:
+        found["weight"] = weight
     return stored(module, found)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,13 +24,34 @@ class BaseWeights:
 
     Attributes:
         model: the base.
+        unquantized: loads the base as it was before it was quantised, if it was and that can be had.
+        blank: initial values are about to be overwritten, as when an adapter is loaded: their shapes are what counts.
     """
 
     model: nn.Module
+    unquantized: Callable[[], nn.Module] | None = field(default=None, kw_only=True)
+    blank: bool = field(default=False, kw_only=True)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
-        """The base's own parameters at a site, weights as ``[…, out, in]``."""
+        """The base's own parameters at a site, weights as ``[…, out, in]``; of quantised ones what they stand for."""
         return parameters_at(self.model, site)
+
+    def original(self, site: Site) -> dict[str, Tensor]:
+        """`parameters` as they were before the base was quantised.
+
+        Raises:
+            AdapterError: it is not quantised, or they can't be had.
+        """
+        if self._unquantized is None:
+            raise AdapterError(
+                "This start needs the weights from before the base was quantised, and there are none: load it by name "
+                'with quantize="nf4" or "int8".'
+            )
+        return parameters_at(self._unquantized, site)
+
+    @cached_property
+    def _unquantized(self) -> nn.Module | None:
+        return self.unquantized() if self.unquantized else None
 
 
 @dataclass(frozen=True)
