@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.bases.quantized import dequantized, kind_of
 from veneer.storage import cache_dir, locked, write_json
 
 _SCHEME = "v1"
@@ -62,6 +63,8 @@ def _digest(backbone: nn.Module, missing: Collection[str]) -> str:
 
 
 def _canonical(tensor: Tensor) -> bytes:
+    if kind_of(tensor) is not None:
+        tensor = dequantized(tensor)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16).view(torch.int16)
