@@ -219,6 +219,7 @@ def test_experts_stay_and_are_told(tmp_path: Path) -> None:
         assert veneer.load_base(tmp_path / "moe", quantize="nf4").quantized == "nf4"
 
 
+@pytest.mark.slow
 def test_a_run_from_a_config_and_what_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,13 +6,15 @@ import contextlib
 import logging as python_logging
 from collections.abc import Iterator
 
+# What quantises is imported by whoever trains or loads with transformers, and tells at once of kernels that are for
+# other machines, or to be had from a hub.
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    python_logging.getLogger(_name).setLevel(python_logging.ERROR)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, its report of fresh heads (tasks bring their own), and what the libraries
-    that quantise have to say of kernels for other machines."""
-    below = python_logging.root.manager.disable
-    python_logging.disable(python_logging.WARNING)
+    """Without transformers' progress bars, and its report of fresh heads (tasks bring their own)."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -21,7 +23,6 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        python_logging.disable(below)
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
