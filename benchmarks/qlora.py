@@ -75,9 +75,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        runs = [
-            pool.submit(one, kind, seed, options).result() for seed in range(options["seeds"]) for kind in KINDS
-        ]
+        runs = [pool.submit(one, kind, seed, options).result() for seed in range(options["seeds"]) for kind in KINDS]
     table = []
     for kind in KINDS:
         mine = [run for run in runs if run["kind"] == kind]

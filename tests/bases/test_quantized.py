@@ -81,6 +81,7 @@ def test_what_is_kept_for_the_backward_is_the_quantised_weight() -> None:
 
 def test_trained_over_one_loads_over_the_other_and_says_so(tiny: Path, tmp_path: Path) -> None:
     base, plain = veneer.load_base(tiny, quantize="nf4"), veneer.load_base(tiny)
+    assert base.fingerprint == veneer.Base(tiny_llama()).fingerprint
     adapter = base.attach(veneer.LoRA(rank=2), "a")
     perturb(adapter)
     adapter.save(tmp_path / "a")

@@ -101,6 +101,14 @@ def test_logits_are_never_there_as_a_whole() -> None:
     assert sum(seen) >= 3 * 12  # the student's twice: again in the backward
 
 
+def test_the_base_as_teacher_is_plain_whatever_is_active() -> None:
+    student, _ = pair()
+    distillation = Distillation(TASK, settings(), student.base.model, student.base)
+    expected = distillation.outcome(student, batch()).loss.item()
+    student.base.activate("other")
+    assert distillation.outcome(student, batch()).loss.item() == expected
+
+
 def test_padded_vocabularies_are_compared_as_far_as_both_go() -> None:
     student, _ = pair()
     wide = veneer.Base(tiny_llama(vocab_size=136).double())
