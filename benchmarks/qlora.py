@@ -1,4 +1,4 @@
-"""QLoRA beside LoRA: the same rows, seed and steps over SmolLM2-135M in bf16, in NF4, in NF4 from LoftQ's start, in int8.
+"""QLoRA beside LoRA: the same rows, seed and steps over SmolLM2-135M in bf16, NF4, NF4 from LoftQ's start, and int8.
 
     python -m benchmarks.qlora [--steps 300] [--seeds 1] [--json]
 

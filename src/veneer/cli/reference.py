@@ -1,6 +1,7 @@
 """The parts of the documentation that the code knows best: ``python -m veneer.cli.reference docs``.
 
-Writes ``commands.md`` from the commands' help, and fills the tables of settings in ``configs.md`` and ``distilling.md``.
+Writes ``commands.md`` from the commands' help, and fills the tables of settings in ``configs.md`` and
+``distilling.md``.
 """
 
 from __future__ import annotations
