@@ -129,8 +129,9 @@ def test_every_command_is_shown_somewhere() -> None:
 
 def test_what_is_written_from_the_code_is_up_to_date() -> None:
     assert (DOCS / "commands.md").read_text(encoding="utf-8") == commands(), "run `make docs`"
-    page = (DOCS / "configs.md").read_text(encoding="utf-8")
-    assert page == filled(page), "run `make docs`"
+    for name in ("configs.md", "distilling.md"):
+        page = (DOCS / name).read_text(encoding="utf-8")
+        assert page == filled(page), "run `make docs`"
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -16,6 +16,7 @@ from veneer.adapters.plan import Plan
 from veneer.adapters.trainers import Backbone, Trainable
 from veneer.bases import Site
 from veneer.bases.families import is_never_called
+from veneer.bases.quantized import restore
 from veneer.bases.sites import input_embedding_of
 from veneer.bases.weights import parameters_at, parameters_of, put, stored
 from veneer.deltas import Delta, Flow, Replace, Stack, Tokens
@@ -255,12 +256,20 @@ class Adapter(Trainable):
         return sum(p.nbytes for p in self.parameters())
 
     def merged(self) -> nn.Module:
-        """A copy of the base model with this adapter folded into its weights. The base stays as it is."""
+        """A copy of the base model with this adapter folded into its weights. The base stays as it is.
+
+        If the base is quantised, the copy isn't: its weights are what the quantised ones stand for.
+
+        Raises:
+            AdapterError: it cannot be merged.
+        """
         plan = self.lower(training=False)
         base = copy.deepcopy(self.base)
         for name in base.adapters:
             base.detach(name)
         tied = _is_tied(base.model)
+        if base.quantized:
+            restore(base.model)
         if (whole := plan.pop("", None)) is not None:
             _merge_whole(base.model, whole, parameters_at(base.model, base.sites.whole))
         new: dict[nn.Parameter, nn.Parameter] = {}
@@ -279,6 +288,14 @@ class Adapter(Trainable):
         _replace_uncalled(base.model, new)
         if tied and not _is_tied(base.model):
             base.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        if self.base.quantized:
+            warnings.warn(
+                f"The base is quantised ({self.base.quantized}); the adapter was merged into the weights that stands "
+                "for, and the merged model is not quantised. Quantising it again rounds the adapter's changes, many of "
+                "which are smaller than a step of the grid: they can be lost. Measure it, or keep the adapter apart.",
+                VeneerWarning,
+                stacklevel=2,
+            )
         return base.model
 
     def save(self, folder: Any) -> None:

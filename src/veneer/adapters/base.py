@@ -122,7 +122,7 @@ class Base(Pretrained):
         self._check_name(name)
         trained = [self._trained(origin) for origin in method.origins]
         method = method.over([each for each, _, _ in trained])
-        weights = BaseWeights(self.model, self.tokenizer, task or {}, loading)
+        weights = BaseWeights(self.model, self.tokenizer, task or {}, loading, self.original)
         method = method.on(weights)
         sites = method.sites(self.sites)
         generator = torch.Generator().manual_seed(seed)

@@ -280,6 +280,7 @@ def _record(adapter: Adapter, hashes: Mapping[str, str]) -> dict[str, Any]:
             "revision": adapter.base.revision,
             "class": type(adapter.base.model).__name__,
             "fingerprint": adapter.base.fingerprint,
+            "quantized": adapter.base.quantized,
         },
         "method": {"name": adapter.method.name, **adapter.method.model_dump(mode="json")},
         "task": adapter.task,
@@ -310,6 +311,19 @@ def _check_base(base: Base, path: Path, record: Mapping[str, Any]) -> None:
             f"{path} was made for the base {made_for.get('name')!r}, whose weights are not those of "
             f"{base.name!r}. Load that base, or train the adapter anew on this one."
         )
+    before, now = made_for.get("quantized"), base.quantized
+    if made_for and before != now:
+        warnings.warn(
+            f"{path} was trained over {made_for.get('name')!r} {_in_bits(before)}, and runs over it {_in_bits(now)} "
+            "here: its outputs will differ a little. To have the same, load the base with "
+            f"quantize={before!r}.",
+            VeneerWarning,
+            stacklevel=4,
+        )
+
+
+def _in_bits(quantized: str | None) -> str:
+    return f"quantised to {quantized}" if quantized else "unquantised"
 
 
 def _under(ours: str, key: str, theirs: str) -> str:

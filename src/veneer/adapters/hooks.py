@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from veneer.adapters.execution import Execution
+from veneer.bases.quantized import runs_on_others
 from veneer.bases.weights import parameters_of, stored
 from veneer.deltas import Delta, Rows
+from veneer.errors import AdapterError
 
 
 @dataclass
@@ -45,7 +46,7 @@ class SiteHooks:
         if (delta := plan.modules.get(self.path)) is None:
             return None
         if not isinstance(delta, Rows):
-            _swap(module, delta.effective(parameters_of(module)), call.own)
+            _swap(module, delta, call.own)
         x = delta.before(call.x)
         return None if x is call.x else (x, *args[1:])
 
@@ -61,7 +62,15 @@ class SiteHooks:
         return delta.apply(call.x, y)
 
 
-def _swap(module: nn.Module, values: Mapping[str, Tensor], own: dict[str, Tensor | None]) -> None:
+def _swap(module: nn.Module, delta: Delta, own: dict[str, Tensor | None]) -> None:
+    if not delta.swaps:  # a quantised weight is not dequantised for nothing
+        return
+    values = delta.effective(parameters_of(module))
+    if "weight" in values and not runs_on_others(module):
+        raise AdapterError(
+            f"{type(module).__module__}.{type(module).__name__} cannot run on another weight than its own, which this "
+            'adapter asks of it; load the base with veneer.load_base(name, quantize="nf4").'
+        )
     for name, value in stored(module, values).items():
         own[name] = module._parameters[name]
         module._parameters[name] = value  # type: ignore[assignment]
@@ -70,7 +79,7 @@ def _swap(module: nn.Module, values: Mapping[str, Tensor], own: dict[str, Tensor
 def _rerun(module: nn.Module, delta: Delta, x: Tensor) -> Tensor:
     own: dict[str, Tensor | None] = {}
     try:
-        _swap(module, delta.effective(parameters_of(module)), own)
+        _swap(module, delta, own)
         return module.forward(x)
     finally:
         module._parameters.update(own)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ class _Training(_Open):
 class _Base(_Open):
     name: str | None = None
     fingerprint: str = ""
+    quantized: str | None = None
 
 
 class _Task(_Open):

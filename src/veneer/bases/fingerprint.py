@@ -11,34 +11,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.bases.quantized import dequantized, kind_of
 from veneer.storage import cache_dir, locked, write_json
 
 _SCHEME = "v1"
 
 
-def fingerprint(backbone: nn.Module, folder: Path | None = None, missing: Collection[str] = ()) -> str:
+def fingerprint(
+    backbone: nn.Module,
+    folder: Path | None = None,
+    missing: Collection[str] = (),
+    original: Callable[[], nn.Module] | None = None,
+) -> str:
     """Hex digest of ``backbone``, looked up by the state of ``folder`` where the weights come from one.
 
     Args:
         backbone: the model without its head.
         folder: the folder or file its weights were read from, if any.
         missing: full names of parameters that hold random values and so don't count.
+        original: loads the backbone whose weights count, if those of ``backbone`` were quantised.
     """
     if folder is None:
-        return _digest(backbone, missing)
+        return _digest(original() if original else backbone, missing)
     store = cache_dir() / "fingerprints.json"
     key = f"{_SCHEME}:{type(backbone).__name__}:{_state(folder)}"
     with locked(store):
         known: dict[str, Any] = _read(store)
         if key not in known:
-            known[key] = _digest(backbone, missing)
+            known[key] = _digest(original() if original else backbone, missing)
             write_json(store, known)
     return str(known[key])
 
@@ -56,6 +63,8 @@ def _digest(backbone: nn.Module, missing: Collection[str]) -> str:
 
 
 def _canonical(tensor: Tensor) -> bytes:
+    if kind_of(tensor) is not None:
+        tensor = dequantized(tensor)
     tensor = tensor.detach().cpu().contiguous()
     if tensor.is_floating_point():
         tensor = tensor.to(torch.bfloat16).view(torch.int16)

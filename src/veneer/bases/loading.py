@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from veneer.bases import factored
+from veneer.bases import factored, quantized
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.pretrained import Pretrained
 from veneer.bases.quiet import quiet
-from veneer.bases.sites import backbone
+from veneer.bases.sites import ALL_LINEAR, SiteMap, backbone
 from veneer.errors import BaseError, FetchError, VeneerError, did_you_mean
 from veneer.packages import offline as no_network
 
@@ -26,6 +27,7 @@ def load_pretrained(
     revision: str | None = None,
     offline: bool | None = None,
     weights: bool = True,
+    quantize: str | None = None,
     **config: Any,
 ) -> Pretrained:
     """Load a pretrained model and its tokenizer.
@@ -39,6 +41,7 @@ def load_pretrained(
         revision: of a hub id.
         offline: True forbids all downloads; None leaves it to ``VENEER_OFFLINE`` and ``HF_HUB_OFFLINE``.
         weights: False leaves them out: architecture and tokenizer alone, at once, in next to no memory.
+        quantize: ``"nf4"`` or ``"int8"``: keep the linear maps inside the layers in so many bits.
         config: settings of the model's config, such as ``num_labels``.
 
     Raises:
@@ -48,11 +51,15 @@ def load_pretrained(
     import transformers
 
     device = _device(device)
+    if quantize is not None:
+        quantized.check_kind(quantize)
     source, where = _locate(str(name), revision, no_network(offline))
     options = {**where, **config}
     try:
         with quiet():
             settings = transformers.AutoConfig.from_pretrained(source, **where)
+            if quantize is not None and getattr(settings, "quantization_config", None) is not None:
+                raise BaseError(f"{name} is quantised already; leave `quantize` out.")
             wanted = auto_class or _default_auto_class(settings)
             _check_kind(str(name), wanted, settings)
             cls = getattr(transformers, wanted)
@@ -72,6 +79,18 @@ def load_pretrained(
         raise
     except (OSError, ValueError, KeyError) as error:
         raise _explained(str(name), error) from error
+    snapshot, original = _snapshot(source, where), None
+    if quantize is not None:
+        targets = [site.path for site in SiteMap(model).resolve(ALL_LINEAR) if site.parameter is None]
+        quantized.quantize(model, quantize, targets, device)
+        revision_now = snapshot.name if snapshot else revision
+
+        def original() -> nn.Module:
+            """The model before, from where it was loaded: on CPU it is little more than a view of the files."""
+            return load_pretrained(
+                name, auto_class=wanted, dtype=dtype, device="cpu", revision=revision_now, offline=offline, **config
+            ).model
+
     model.to(device).eval()
     tokenizer = _tokenizer(source, where)
     if getattr(model.config, "pad_token_id", None) is None and tokenizer is not None:
@@ -81,20 +100,21 @@ def load_pretrained(
         model,
         tokenizer,
         name=str(name),
-        revision=revision or _commit(source, where),
+        revision=revision or (snapshot.name if snapshot else None),
         folder=local if local.exists() else None,
         missing=info["missing_keys"],
+        original=original,
     )
 
 
-def _commit(source: str, where: dict[str, Any]) -> str | None:
-    """The commit of the hub's repository whose snapshot was loaded; None for what is no hub id."""
+def _snapshot(source: str, where: dict[str, Any]) -> Path | None:
+    """The snapshot of the hub's repository that was loaded, named by its commit; None for what is no hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).exists():
         return None
     found = try_to_load_from_cache(source, "config.json", revision=where.get("revision"))
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _device(asked: torch.device | str | None) -> torch.device:

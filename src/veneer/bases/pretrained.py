@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from veneer.bases.fingerprint import fingerprint
+from veneer.bases.quantized import held, kind_of, numbers
 from veneer.bases.sites import SiteMap, backbone
 from veneer.errors import BaseError
 
@@ -26,6 +27,7 @@ class Pretrained:
         revision: the hub revision, where there is one.
         folder: the local folder or file the weights were read from, if they were read unchanged.
         missing: names of parameters the checkpoint lacked, so that they hold random values.
+        original: loads the model as it was before it was quantised.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Pretrained:
         revision: str | None = None,
         folder: Path | None = None,
         missing: Collection[str] = (),
+        original: Callable[[], nn.Module] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise BaseError(
@@ -48,6 +51,7 @@ class Pretrained:
         self.revision = revision
         self.folder = folder
         self.missing = frozenset(missing)
+        self.original = original
         self._keep_head_input_contiguous()
 
     @cached_property
@@ -57,8 +61,15 @@ class Pretrained:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this backbone's architecture and weights from any other's, whatever dtype they are loaded in."""
-        return fingerprint(self.backbone, self.folder, self.missing)
+        """Tells this backbone's architecture and weights from any other's, whatever dtype they are loaded in, and
+        whether or not they were quantised in loading."""
+        load = self.original
+        return fingerprint(self.backbone, self.folder, self.missing, (lambda: backbone(load())) if load else None)
+
+    @property
+    def quantized(self) -> str | None:
+        """How its linear maps are quantised (``nf4``, ``int8``); None if they aren't."""
+        return next((kind for p in self.model.parameters() if (kind := kind_of(p)) is not None), None)
 
     @property
     def backbone(self) -> nn.Module:
@@ -78,12 +89,12 @@ class Pretrained:
     @property
     def parameter_count(self) -> int:
         """Parameters of the base alone, shared ones counted once."""
-        return sum(parameter.numel() for parameter in self._own_parameters())
+        return sum(numbers(parameter) for parameter in self._own_parameters())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the base's parameters alone, shared ones counted once."""
-        return sum(parameter.nbytes for parameter in self._own_parameters())
+        """Bytes of the base's parameters alone, shared ones counted once, with what quantised ones need besides."""
+        return sum(held(parameter) for parameter in self._own_parameters())
 
     def _own_parameters(self) -> list[nn.Parameter]:
         """Without those of adapters, which stay out of the state dict; shared ones once."""

@@ -1,9 +1,15 @@
-"""Loading and saving without transformers' chatter."""
+"""Loading and saving without the chatter of transformers and of what it imports."""
 
 from __future__ import annotations
 
 import contextlib
+import logging as python_logging
 from collections.abc import Iterator
+
+# What quantises is imported by whoever trains or loads with transformers, and tells at once of kernels that are for
+# other machines, or to be had from a hub.
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    python_logging.getLogger(_name).setLevel(python_logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -363,9 +363,12 @@ def _sites(path: str, module: nn.Module) -> Iterator[Site]:
     layer = int(layer_match[1]) if layer_match else None
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear) or is_transposed(module):
-        weight = parameters_of(module)["weight"]
         role, group = role_of(path)
-        yield Site(path, weight.shape[1], weight.shape[0], "linear", role, group, layer, bias)
+        if isinstance(module, nn.Linear):
+            width = (module.in_features, module.out_features)
+        else:
+            width = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
+        yield Site(path, *width, "linear", role, group, layer, bias)
     elif isinstance(module, nn.Embedding):
         yield Site(path, module.num_embeddings, module.embedding_dim, EMBEDDING, None, None, layer)
     elif isinstance(module, nn.Conv1d | nn.Conv2d):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from veneer.bases.factored import FactoredLinear
+from veneer.bases.quantized import weight_behind
 
 if TYPE_CHECKING:
     from veneer.bases.site import Site
@@ -22,11 +23,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters by name, the weight as ``[out, in]``; of a factored map, the product of its factors."""
+    """A module's own parameters by name, the weight as ``[out, in]``; of a factored map, the product of its factors, of
+    a quantised one, what it stands for."""
     if isinstance(module, FactoredLinear):
         own = {"weight": module.weight, "bias": module.bias}
         return {name: value for name, value in own.items() if value is not None}
-    found = {name: value for name, value in module._parameters.items() if value is not None}
+    found: dict[str, Tensor] = {name: value for name, value in module._parameters.items() if value is not None}
+    if (weight := weight_behind(module)) is not None:
+        found["weight"] = weight
     return stored(module, found)
 
 

@@ -1,6 +1,7 @@
 """The parts of the documentation that the code knows best: ``python -m veneer.cli.reference docs``.
 
-Writes ``commands.md`` from the commands' help, and fills the tables of settings in ``configs.md``.
+Writes ``commands.md`` from the commands' help, and fills the tables of settings in ``configs.md`` and
+``distilling.md``.
 """
 
 from __future__ import annotations
@@ -68,4 +69,5 @@ def _plain(value: object) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     write_text(folder / "commands.md", commands())
-    write_text(folder / "configs.md", filled((folder / "configs.md").read_text(encoding="utf-8")))
+    for page in ("configs.md", "distilling.md"):
+        write_text(folder / page, filled((folder / page).read_text(encoding="utf-8")))

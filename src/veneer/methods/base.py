@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -27,16 +28,35 @@ class BaseWeights:
         tokenizer: its tokenizer, or None where there is none.
         task: what the adapter is for, as a plain mapping (template, labels …); empty where that is not known yet.
         loading: the values asked for are overwritten by those of a file next: their shapes are all that matters.
+        unquantized: loads the base as it was before it was quantised, if it was and that can be had.
     """
 
     model: nn.Module
     tokenizer: Any = None
     task: Mapping[str, Any] = field(default_factory=dict)
     loading: bool = False
+    unquantized: Callable[[], nn.Module] | None = None
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
-        """The base's own parameters at a site, weights as ``[…, out, in]``."""
+        """The base's own parameters at a site, weights as ``[…, out, in]``; of quantised ones what they stand for."""
         return parameters_at(self.model, site)
+
+    def original(self, site: Site) -> dict[str, Tensor]:
+        """`parameters` as they were before the base was quantised.
+
+        Raises:
+            AdapterError: it is not quantised, or they can't be had.
+        """
+        if self._unquantized is None:
+            raise AdapterError(
+                "This start needs the weights from before the base was quantised, and there are none: load it by name "
+                'with quantize="nf4" or "int8".'
+            )
+        return parameters_at(self._unquantized, site)
+
+    @cached_property
+    def _unquantized(self) -> nn.Module | None:
+        return self.unquantized() if self.unquantized else None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from veneer.errors import AdapterError, AdapterFileError, TargetError, did_you_m
 from veneer.methods.base import BaseWeights, Lowering, State, Survey
 from veneer.methods.eva import directions
 from veneer.methods.factors import Factors, factors_of
-from veneer.methods.starts import SHIFTING, STARTS
+from veneer.methods.starts import MENDING, SHIFTING, STARTS
 from veneer.methods.targeted import Targeted
 
 # Settings of peft's LoraConfig that change what is computed; each must be at its default for us to read the file.
@@ -81,8 +81,9 @@ class LoRA(Targeted):
     """Scale by alpha / √rank instead, so that large ranks learn as fast."""
     bias: bool = False
     """Give B a bias."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "kaiming"
-    """What the factors start from; all but kaiming are for linear maps. EVA's are told by the training data."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = "kaiming"
+    """What the factors start from; all but kaiming are for linear maps. EVA's are told by the training data;
+    loftq is for a quantised base."""
     rho: float = Field(2.0, ge=1)
     """With init: eva, a map may get up to so many times its rank, as others get less; 1 leaves ranks as they are."""
     examples: int = Field(64, ge=1)
@@ -204,8 +205,14 @@ class LoRA(Targeted):
 
     def _started(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The factors of another start than the usual one, on the base's device, where decomposing is fast."""
-        weight = base.parameters(site)["weight"].detach()
-        a, b = STARTS[self.init](self.rank_at(site), weight, self.scale_at(site), generator)
+        rank = self.rank_at(site)
+        if base.loading:
+            a, b = torch.zeros(rank, site.in_features), torch.zeros(site.out_features, rank)
+        else:
+            weight = base.parameters(site)["weight"].detach()
+            if self.init in MENDING:
+                weight = base.original(site)["weight"].detach().to(weight.device, torch.float32) - weight
+            a, b = STARTS[self.init](rank, weight, self.scale_at(site), generator)
         start = {_A0: a.clone(), _B0: b.clone()} if self.init in SHIFTING else {}
         bias = {"lora_B.bias": torch.zeros(site.out_features)} if self.bias else {}
         return {"lora_A.weight": a, "lora_B.weight": b, **bias, **start}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -39,6 +39,23 @@ class Outcome:
     loss: Tensor
     items: Tensor
     correct: Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A batch's logits, to be computed for a part of the items at a time.
+
+    Attributes:
+        features: ``[items, …]``, what the logits are computed from.
+        logits: computes those of some items, ``[n, classes]``, from their features.
+        classes: how many.
+        targets: ``[items]``, the classes they should be.
+    """
+
+    features: Tensor
+    logits: Callable[[Tensor], Tensor]
+    classes: int
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,10 @@ class Task(BaseModel):
     @abstractmethod
     def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
         """Loss and hits of ``model`` (an adapter, or a plain base) on a batch."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+        """What ``model`` gives every class at each item `outcome` takes its loss at."""
 
     @abstractmethod
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from veneer.adapters import Adapter, Base
 from veneer.data import Format
 from veneer.errors import ConfigError, DataError
-from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Task
+from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Scores, Task
 from veneer.tasks.conditions import conditioned
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class CausalLM(Task):
 
     def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
         """Cross-entropy at the labelled tokens; logits are computed nowhere else."""
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        targets = _next_tokens(batch)
         labelled = targets != IGNORED
         with _head_only_at(model, labelled):
             output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
@@ -149,6 +149,26 @@ class CausalLM(Task):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         correct = (logits.detach().argmax(-1) == targets).sum()
         return Outcome(loss, labelled.sum(), correct)
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+        """From the hidden states at the labelled tokens, by the model's output projection; from all logits there where
+        the model does more to them than that, or an adapter has a projection of its own."""
+        targets = _next_tokens(batch)
+        labelled = targets != IGNORED
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        head = _head_of(model)
+        if head is not None:
+            with _taking_hidden(head, labelled) as taken:
+                first = model(**inputs).logits
+            if taken:
+                with torch.no_grad():
+                    alone = head(taken[0][:1])
+                if torch.equal(alone.float(), first.float()):
+                    return Scores(taken[0], head, first.shape[-1], targets[labelled])
+        with _head_only_at(model, labelled):
+            logits = model(**inputs).logits
+        logits = logits if logits.dim() == 2 else logits[labelled]
+        return Scores(logits, lambda part: part, logits.shape[-1], targets[labelled])
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """Perplexity, and the share of tokens that would have been chosen."""
@@ -357,15 +377,50 @@ def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch
     }
 
 
+def _next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """The token to be predicted at each position, ``[rows, tokens]``."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def _output_projection(model: nn.Module) -> nn.Module | None:
+    inner = getattr(model, "module", model)  # DDP wraps
+    inner = inner.base.model if isinstance(inner, Adapter) else inner
+    return getattr(inner, "get_output_embeddings", lambda: None)()
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    """The output projection, if it computes by itself what it does in the model: no adapter acts there."""
+    head, inner = _output_projection(model), getattr(model, "module", model)
+    if not isinstance(inner, Adapter):
+        return head
+    return None if any(inner.base.model.get_submodule(path) is head for path in inner.places) else head
+
+
+@contextlib.contextmanager
+def _taking_hidden(head: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
+    """Take what goes into the output projection at these positions, ``[n, width]``; the projection gets the first."""
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].shape[:2] != positions.shape:  # virtual tokens are among them
+            return args
+        taken.append(args[0][positions])
+        return (taken[0][:1], *args[1:])
+
+    handle = head.register_forward_pre_hook(take, prepend=True)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
 @contextlib.contextmanager
 def _head_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Hand the output projection only the given positions (``[rows, tokens]``, bool); logits come out ``[n, V]``.
 
     Memory and time of the vocabulary's product then follow the labelled tokens, not all tokens.
     """
-    inner = getattr(model, "module", model)  # DDP wraps
-    inner = inner.base.model if isinstance(inner, Adapter) else inner
-    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    head = _output_projection(model)
     if head is None:
         yield
         return

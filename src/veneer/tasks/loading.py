@@ -25,6 +25,7 @@ def load_base(
     revision: str | None = None,
     offline: bool | None = None,
     weights: bool = True,
+    quantize: str | None = None,
 ) -> Base:
     """Load a base.
 
@@ -37,6 +38,8 @@ def load_base(
         revision: of a hub id.
         offline: True forbids downloads.
         weights: False leaves them out: architecture and tokenizer alone, for looking at data.
+        quantize: ``"nf4"`` or ``"int8"``: keep the linear maps inside the layers in so many bits (QLoRA); by default
+            as they are.
 
     Raises:
         BaseError: the name leads to nothing that can be loaded.
@@ -50,12 +53,14 @@ def load_base(
         revision=revision,
         offline=offline,
         weights=weights,
+        quantize=quantize,
     )
     origin = {
         "name": found.name,
         "revision": found.revision,
         "folder": found.folder,
         "missing": found.missing,
+        "original": found.original,
     }
     return Base(found.model, found.tokenizer, **origin)
 
@@ -76,7 +81,7 @@ def load_adapter(folder: str | os.PathLike[str], *, base: str | None = None, **o
 
 
 def load_base_for(folder: str | os.PathLike[str], base: str | None = None, **options: Any) -> Base:
-    """Load the base an adapter folder is for, with the head its task needs.
+    """Load the base an adapter folder is for, with the head its task needs, quantised as it was in training.
 
     Args:
         folder: an adapter folder, or a training run's folder.
@@ -88,6 +93,7 @@ def load_base_for(folder: str | os.PathLike[str], base: str | None = None, **opt
         BaseError: there is no such base.
     """
     record = read_record(os.fspath(folder))
+    options.setdefault("quantize", record.get("base", {}).get("quantized"))
     task = record.get("task", {}).get("name") or _named_by_peft(peft_task_type(os.fspath(folder)))
     return load_base(base or base_name(os.fspath(folder)), task=task, **options)
 

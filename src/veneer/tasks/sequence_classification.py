@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapters import Base
 from veneer.data import Format
 from veneer.errors import BaseError, DataError, did_you_mean
-from veneer.tasks.base import Outcome, Task
+from veneer.tasks.base import Outcome, Scores, Task
 from veneer.tasks.conditions import conditioned
 
 if TYPE_CHECKING:
@@ -122,10 +122,16 @@ class SequenceClassification(Task):
 
     def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
         """Cross-entropy over the rows."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits, labels = model(**inputs).logits.float(), batch["labels"]
+        scores = self.scores(model, batch)
+        logits, labels = scores.features, scores.targets
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return Outcome(loss, torch.tensor(len(labels)), (logits.detach().argmax(-1) == labels).sum())
+
+    def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
+        """The head's outputs, a row each."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.float()
+        return Scores(logits, lambda part: part, logits.shape[-1], batch["labels"])
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """The share of rows labelled rightly."""

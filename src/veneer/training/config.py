@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
+from veneer.bases.quantized import Kind
 from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.methods import Method, method_from_config, methods
 from veneer.methods.registry import DEFAULT
 from veneer.tasks import TASKS
-from veneer.training.settings import TrainSettings
+from veneer.training.settings import DistillSettings, TrainSettings
 
 _ELSEWHERE: Mapping[str, str] = {
     # transformers' and others' spellings of what stands under `train:` (the method's own: see `Method.peft_names`)
@@ -42,6 +43,9 @@ _ELSEWHERE: Mapping[str, str] = {
     "train_file": "data.train",
     "max_seq_length": "task.max_length",
     "cutoff_len": "task.max_length",
+    "load_in_4bit": "quantize (nf4)",
+    "load_in_8bit": "quantize (int8)",
+    "quantization": "quantize",
     "adapter": "method",
     "peft": "method",
 }
@@ -77,7 +81,11 @@ class RunConfig(BaseModel):
     """Everything a training run needs."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    SECTIONS: ClassVar[Mapping[str, type[BaseModel]]] = {"data": DataSettings, "train": TrainSettings}
+    SECTIONS: ClassVar[Mapping[str, type[BaseModel]]] = {
+        "data": DataSettings,
+        "train": TrainSettings,
+        "distill": DistillSettings,
+    }
 
     base: str
     """A hub id, folder, .gguf file, or catalogue name (`veneer models`)."""
@@ -93,8 +101,12 @@ class RunConfig(BaseModel):
     """The task's name and settings; by default what the data's columns ask for."""
     train: TrainSettings = TrainSettings()
     """How to train."""
+    distill: DistillSettings | None = None
+    """Learn from a teacher, too."""
     dtype: str = "auto"
     """Of the base: auto, float32, bfloat16, float16."""
+    quantize: Kind | None = None
+    """Keep the base's linear maps in few bits (QLoRA): nf4 (4.1 bits a weight) or int8 (8 bits)."""
     device: str | None = None
     """Of the base: cuda, mps, cpu; by default the first there is."""
 
@@ -192,9 +204,10 @@ def _of_adapter(folder: str) -> dict[str, Any]:
     Raises:
         AdapterFileError: there is none.
     """
-    from veneer.adapters.files import base_name, read_method
+    from veneer.adapters.files import base_name, read_method, read_record
 
-    return {"base": base_name(folder), "method": read_method(folder)}
+    quantized = read_record(folder).get("base", {}).get("quantized")
+    return {"base": base_name(folder), "method": read_method(folder), "quantize": quantized}
 
 
 def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:

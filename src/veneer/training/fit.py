@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, Interrupted, OutputError, TrainingError, 
 from veneer.tasks import Checked, Task
 from veneer.training.checkpoints import Schedule, step_of
 from veneer.training.course import Conduct
+from veneer.training.distillation import Distillation
 from veneer.training.folder import LOG
 from veneer.training.guards import Overfitting, Patience, RunningAway
 from veneer.training.interruption import Interruption
@@ -71,6 +72,7 @@ def fit(
     *,
     resume: Path | None = None,
     begin: Callable[[], None] = lambda: None,
+    distillation: Distillation | None = None,
 ) -> Result:
     """Train ``adapter`` on checked data in the run folder ``output``, from the checkpoint ``resume`` if there is one.
 
@@ -98,7 +100,8 @@ def fit(
     if validation is not None:
         callbacks += [overfitting, patience] if settings.patience else [overfitting]
     try:
-        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, Conduct(adapter, resume))
+        conduct = Conduct(adapter, resume)
+        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, conduct, distillation)
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     begin()

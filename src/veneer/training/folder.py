@@ -129,11 +129,12 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], when: str, oth
 
     Raises:
         DataError: the data changed.
-        BaseMismatch: the base, or the adapter continued from, did.
+        BaseMismatch: the base, the teacher or the adapter continued from did.
     """
     if changed := facts.changed_data(before.get("data", {}), now["data"]):
         raise DataError(f"The data changed since {when}: {changed}. Put back what was there, or {otherwise}.")
-    for key, what in (("base", "base's weights"), ("continued_from", "adapter that is continued")):
+    weights = {"base": "base's weights", "continued_from": "adapter that is continued", "teacher": "teacher's weights"}
+    for key, what in weights.items():
         if before.get(key) != now.get(key):
             raise BaseMismatch(f"The {what} changed since {when}. Put back what was there, or {otherwise}.")
     if changed := facts.changed_versions(before.get("versions", {}), now["versions"]):

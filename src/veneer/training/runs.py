@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from veneer.adapters import Adapter, Base
 from veneer.adapters.files import adapter_folder, read_record, weights_hash
@@ -22,16 +22,19 @@ from veneer.tasks.conditions import names_of
 from veneer.training import facts, folder
 from veneer.training.checkpoints import checkpoints
 from veneer.training.config import DataSettings, RunConfig, explain
+from veneer.training.distillation import distilling
 from veneer.training.earlier import Earlier, lessons
 from veneer.training.fit import Result, fit
 from veneer.training.preflight import preflight
 from veneer.training.progress import console, program
 from veneer.training.rows import parts_of
-from veneer.training.settings import TrainSettings
+from veneer.training.settings import DistillSettings, TrainSettings
 from veneer.training.summary import header, summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 __all__ = ["Reproduction", "Result", "reproduce", "run", "train"]
 
@@ -44,6 +47,7 @@ def train(
     task: Task | str | None = None,
     output: str | Path | None = None,
     max_truncated: float = MAX_TRUNCATED,
+    distill: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Train an adapter on data.
@@ -55,6 +59,7 @@ def train(
         task: what to train for; by default what the data's columns ask for.
         output: folder for checkpoints and log; by default a temporary one. Call ``adapter.save`` for the result.
         max_truncated: share of the rows that may be cut or left out for being too long; more is an error.
+        distill: settings of distillation, e.g. ``{"teacher": "base"}``: a teacher to learn from beside the labels.
         settings: of `TrainSettings`, e.g. ``epochs=1, learning_rate=1e-4``.
 
     Raises:
@@ -64,17 +69,20 @@ def train(
         OutputError: another run is at work in ``output``, or it cannot be written.
         Interrupted: a signal asked to stop; the adapter has the weights so far.
     """
-    options = _settings(settings)
+    options = _settings(settings, TrainSettings)
+    teaching = _settings(distill, DistillSettings, "distill.") if distill is not None else None
     parts = parts_of(DataSettings.model_construct(train=data, validation=validation), options.seed)
     chosen = _task(adapter, task, parts[0].rows)
     header(adapter, chosen)
     checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
+        distillation = stack.enter_context(distilling(adapter, chosen, teaching))
         where = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
         stack.enter_context(folder.held(where))
-        result = fit(adapter, chosen, checked, options, where)
+        result = fit(adapter, chosen, checked, options, where, distillation=distillation)
     adapter.record = {
         "settings": options.model_dump(mode="json"),
+        "distill": teaching.model_dump(mode="json") if teaching is not None else None,
         "data": {name: facts.of_rows(part.rows) for name, part in zip(("train", "validation"), parts, strict=False)},
         "versions": facts.versions(),
         "result": asdict(result),
@@ -97,14 +105,16 @@ def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> t
         VeneerError: base, data or method don't fit.
     """
     output = config.output
-    with folder.held(output):
+    with folder.held(output), contextlib.ExitStack() as stack:
         resume = folder.to_resume(output, config.plain())
         adapter, task, parts = set_up(config)
         origin = adapter.record
+        distillation = stack.enter_context(distilling(adapter, task, config.distill))
         started = {
             "data": facts.of_data(config.data, parts),
             "base": adapter.base.fingerprint,
             "continued_from": weights_hash(config.continue_from) if config.continue_from else None,
+            "teacher": distillation.fingerprint if distillation is not None else None,
             "versions": facts.versions(),
         }
         if as_recorded is not None:
@@ -125,6 +135,7 @@ def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> t
                 output,
                 resume=resume,
                 begin=lambda: folder.start(output, config.plain(), started),
+                distillation=distillation,
             )
         except TrainingError as error:
             raise TrainingError(
@@ -191,7 +202,7 @@ def set_up(config: RunConfig) -> tuple[Adapter, Task, list[Part]]:
 
 def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     name = config.task.get("name") or choose_task(rows).name
-    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
+    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device, quantize=config.quantize)
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
     head = task.head(base, seed=config.train.seed)
@@ -206,7 +217,7 @@ def _continued(config: RunConfig) -> tuple[Adapter, Task]:
     """The adapter to go on from, with its task, whose settings the config may change."""
     source = str(config.continue_from)
     name = config.task.get("name") or read_record(source).get("task", {}).get("name")
-    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device)
+    base = load_base(config.base, task=name, dtype=config.dtype, device=config.device, quantize=config.quantize)
     adapter = base.load(source, "adapter")
     learned = adapter_task(adapter)
     if config.task.get("name", learned.name) != learned.name:
@@ -223,11 +234,11 @@ def _task_for(name: str, rows: Dataset, base: Base, settings: Mapping[str, Any])
         raise ConfigError("; ".join(explain(error, task_class(name), "task."))) from error
 
 
-def _settings(given: Mapping[str, Any]) -> TrainSettings:
+def _settings(given: Mapping[str, Any], cls: type[Settings], prefix: str = "") -> Settings:
     try:
-        return TrainSettings(**given)
+        return cls(**given)
     except ValidationError as error:
-        raise ConfigError("; ".join(explain(error, TrainSettings))) from error
+        raise ConfigError("; ".join(explain(error, cls, prefix))) from error
 
 
 def _task(adapter: Adapter, task: Task | str | None, rows: Dataset) -> Task:

@@ -1,4 +1,4 @@
-"""How to train: what stands under ``train:`` in a config, and its translation for transformers."""
+"""How to train: what stands under ``train:`` and ``distill:`` in a config, and its translation for transformers."""
 
 from __future__ import annotations
 
@@ -125,3 +125,19 @@ class TrainSettings(BaseModel):
             "label_names": ["labels"],
             "dataloader_pin_memory": False,
         }
+
+
+class DistillSettings(BaseModel):
+    """Settings of distillation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    teacher: str
+    """base (the base without the adapter: learn from the data, forget nothing), an adapter's folder, or another base:
+    its hub id, folder or catalogue name."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """The share λ of the teacher in the loss; 1: the labels don't count."""
+    temperature: float = Field(2.0, gt=0)
+    """T softens what both say, so that unlikely answers count, too."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); jsd: the mean of both to their middle."""

@@ -17,8 +17,9 @@ FORGOTTEN = 0.1
 def header(adapter: Adapter, task: Task) -> None:
     """Print what is going to be trained, over what."""
     base = adapter.base
+    kept = f"{base.dtype}, {base.quantized}" if base.quantized else str(base.dtype)
     console.print(
-        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {base.dtype}, {base.device}  ·  {task.name}"
+        f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {kept}, {base.device}  ·  {task.name}"
         f"  ·  [bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
     )
 

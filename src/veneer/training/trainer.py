@@ -27,6 +27,7 @@ from veneer.tasks import Prepared, Task
 from veneer.tasks.conditions import conditioned
 from veneer.training.checkpoints import discard_all_but, whole
 from veneer.training.course import Conduct
+from veneer.training.distillation import Distillation
 from veneer.training.guards import not_finite
 
 ROWS = "row"
@@ -44,6 +45,7 @@ class Trainer(transformers.Trainer):
         arguments: transformers' own.
         callbacks: transformers' own.
         conduct: of the method's own course.
+        distillation: a teacher to learn from, too. Validation keeps to the task's own loss.
     """
 
     loss_is_scaled_for_ga = True
@@ -57,8 +59,10 @@ class Trainer(transformers.Trainer):
         arguments: transformers.TrainingArguments,
         callbacks: Sequence[transformers.TrainerCallback] = (),
         conduct: Conduct | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.task = task
+        self.distillation = distillation
         self.tokens_seen = 0
         self._rows_of_step: list[int] = []
         self.save_seconds = 0.0  # that the last checkpoint took
@@ -133,7 +137,7 @@ class Trainer(transformers.Trainer):
         batch, rows = _split(inputs)
         self.tokens_seen += int(batch["attention_mask"].sum())
         with conditioned(model, inputs[TASK]):
-            outcome = self.task.outcome(model, batch)
+            outcome = (self.distillation or self.task).outcome(model, batch)
         if not torch.isfinite(outcome.loss):
             raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
@@ -163,7 +167,7 @@ class Trainer(transformers.Trainer):
             TrainingError: the loss is no finite number.
         """
         started = time.perf_counter()
-        loss, accuracy = self._mean(self.get_eval_dataloader(eval_dataset))
+        loss, accuracy, apart = self._mean(self.get_eval_dataloader(eval_dataset))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The validation loss is {loss} at step {self.state.global_step}. Likely cause: weights that have "
@@ -173,6 +177,7 @@ class Trainer(transformers.Trainer):
         metrics = {
             "loss": loss,
             **self.task.metrics(loss, accuracy),
+            **({"divergence": apart} if self.distillation is not None else {}),
             "runtime": time.perf_counter() - started,
         }
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -180,18 +185,21 @@ class Trainer(transformers.Trainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def _mean(self, batches: Any) -> tuple[float, float]:
+    def _mean(self, batches: Any) -> tuple[float, float, float]:
+        """Loss, share of hits, and divergence from the teacher, if there is one."""
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         with torch.no_grad():
             for batch in batches:
+                inputs = _split(self._prepare_inputs(batch))[0]
                 with conditioned(self.model, batch[TASK]):
-                    outcome = self.task.outcome(self.model, _split(self._prepare_inputs(batch))[0])
-                sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct)])
+                    outcome = self.task.outcome(self.model, inputs)
+                    apart = self.distillation.apart(self.model, inputs) if self.distillation is not None else 0.0
+                sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct), float(apart)])
         if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums.to(self.args.device)).view(-1, 3).sum(0).cpu()
-        loss, items, correct = sums.tolist()
-        return loss / items, correct / items
+            sums = self.accelerator.gather(sums.to(self.args.device)).view(-1, 4).sum(0).cpu()
+        loss, items, correct, divergence = sums.tolist()
+        return loss / items, correct / items, divergence / items
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.model.save(Path(output_dir or self.args.output_dir))
