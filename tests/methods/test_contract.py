@@ -51,7 +51,8 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_every_method_has_a_contract() -> None:
-    assert set(CONTRACTS) == set(methods()) - {"head"}
+    own = {name for name, cls in methods().items() if cls.__module__.startswith("veneer.")}  # a test may define others
+    assert set(CONTRACTS) == own - {"head"}
 
 
 @pytest.mark.parametrize(("name", "family"), cells())
