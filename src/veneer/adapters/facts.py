@@ -10,7 +10,7 @@ import torch
 
 from veneer.adapters.base import Base
 from veneer.bases.synthetic import tiny_encoder
-from veneer.deltas import AtParameter, Delta, Stack
+from veneer.deltas import AtParameter, Beside, Delta, Stack
 from veneer.errors import AdapterError
 from veneer.methods import Method
 
@@ -52,7 +52,7 @@ def _tried(method: Method) -> Facts:
 
 def _forms(delta: Delta) -> Iterator[str]:
     """The name of a form, and of those it is made of."""
-    if not isinstance(delta, Stack | AtParameter):
+    if not isinstance(delta, Stack | AtParameter | Beside):  # these say in which order and where
         yield type(delta).__name__
     for held in vars(delta).values():
         for part in held if isinstance(held, Sequence) else (held,):

@@ -17,11 +17,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import adapters
 import torch
 import transformers
-from adapters import composition
 from safetensors.torch import save_file
+
+import adapters
+from adapters import composition
 
 HERE = Path(__file__).parent
 WIDTH = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -31,7 +32,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaModel", {**WIDTH, **TEXT, "num_key_value_heads": 1}),
     "gpt2": (
         "GPT2Model",
-        {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 24, "vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "n_layer": 2,
+            "n_embd": 16,
+            "n_head": 2,
+            "n_positions": 24,
+            "vocab_size": 20,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "bart": (
         "BartModel",
@@ -89,14 +98,24 @@ def randomise(model: torch.nn.Module, names: list[str], seed: int, std: float) -
     with torch.no_grad():
         for name in sorted(names):
             value = torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64) * std
-            if "norm" in name.lower() and name.endswith("weight") or "ln_" in name and name.endswith("weight"):
+            if name.endswith("weight") and ("norm" in name.lower() or "ln_" in name):
                 value += 1
             parameters[name].copy_(value)
 
 
+def exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """transformers' root-mean-square norms compute in float32 whatever they are given."""
+    return (
+        self.weight * hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    )
+
+
+transformers.models.llama.modeling_llama.LlamaRMSNorm.forward = exact_norm
+
+
 def base_of(name: str) -> torch.nn.Module:
     architecture, settings = MODELS[name]
-    config = getattr(transformers, architecture).config_class(**settings, attn_implementation="eager")
+    config = getattr(transformers, architecture).config_class(**settings, attn_implementation="sdpa")
     model = getattr(transformers, architecture)(config).double().eval()
     randomise(model, [key for key, _ in model.named_parameters()], seed=1, std=0.3)
     return model
@@ -141,7 +160,7 @@ def made(name: str, method: str, config: Any) -> tuple[dict[str, torch.Tensor], 
     for key in method_names:
         parameters[key].requires_grad_(True)
     gradients = torch.autograd.grad((output * probe).sum(), [parameters[key] for key in method_names])
-    plain = base_of(name)(**{key: value for key, value in inputs.items()}).last_hidden_state
+    plain = base_of(name)(**inputs).last_hidden_state
     assert (plain - output).abs().max() > 1e-2
     tensors = {"output": output, "probe": probe}
     tensors |= {f"inputs.{key}": value for key, value in inputs.items()}
@@ -154,7 +173,11 @@ def made(name: str, method: str, config: Any) -> tuple[dict[str, torch.Tensor], 
 
 def main() -> None:
     index: dict[str, Any] = {
-        "made_by": {"adapters": adapters.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        "made_by": {
+            "adapters": adapters.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
         "models": {name: {"class": cls, "config": settings} for name, (cls, settings) in MODELS.items()},
         "cells": {},
     }
