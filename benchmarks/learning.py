@@ -33,7 +33,7 @@ from veneer.tasks import adapter_task
 from veneer.tasks.sequence_classification import SequenceClassification
 
 BASE, DATA = "minilm-l6", "prompt-injections"
-ROWS, EPOCHS, BATCH, LENGTH, SEEDS = 2000, 3, 16, 64, 3
+ROWS, EPOCHS, BATCH, LENGTH, SEEDS = 2000, 2, 16, 64, 3
 HEAD, FULL = "head", "full"
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
@@ -267,15 +267,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray | None = None, draws: int = 
 
 _HEAD = """# What the methods learn
 
-Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows none of
-which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch}, every method with its own
-defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the order of rows). Written by
-`python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
+Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows
+none of which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch},
+every method with its own defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the order
+of rows). Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
 
-*Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds. *Over
-the head* is the difference to the frozen base with a trained head alone, on the same rows, with its interval: where that
-reaches down to zero, the method is marked ✗. *Trained* and *stored* count the head (770 numbers), as shares of the base's
-parameters and bytes. *Time* is that of the training, median over seeds, on 2 CPU cores.
+*Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds.
+*Over the head* is the difference to the frozen base with a trained head alone, on the same rows, with its interval:
+where that reaches down to zero, the method is marked ✗. *Trained* and *stored* count the head (770 numbers), as shares
+of the base's parameters and bytes. *Time* is that of the training, median over seeds, on 2 CPU cores.
 
 """
 
@@ -312,15 +312,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
             str(len(own)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    text = _HEAD.format(
-        data=DATA,
-        rows=usual[0],
-        held_out=good[0]["held_out"],
-        base=BASE,
-        epochs=usual[1],
-        batch=BATCH,
-        seeds=len(runs[HEAD]),
-    )
+    text = _HEAD.format(data=DATA, base=BASE, rows=usual[0], epochs=usual[1], batch=BATCH, **measured)
     titles = ("method", "score", "over the head", "trained", "stored", "time", "learning rate", "seeds")
     text += f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n" + "\n".join(rows) + "\n"
     if failed:
