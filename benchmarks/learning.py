@@ -269,8 +269,8 @@ _HEAD = """# What the methods learn
 
 Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows
 none of which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch},
-every method with its own defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the order
-of rows). Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
+every method with its own defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the
+order of rows). Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
 
 *Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds.
 *Over the head* is the difference to the frozen base with a trained head alone, on the same rows, with its interval:
@@ -312,6 +312,7 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
             str(len(own)),
         ]
         rows.append(f"| {' | '.join(cells)} |")
+    measured = {"held_out": good[0]["held_out"], "seeds": len(runs[HEAD])}
     text = _HEAD.format(data=DATA, base=BASE, rows=usual[0], epochs=usual[1], batch=BATCH, **measured)
     titles = ("method", "score", "over the head", "trained", "stored", "time", "learning rate", "seeds")
     text += f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n" + "\n".join(rows) + "\n"

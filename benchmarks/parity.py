@@ -1,14 +1,14 @@
-"""Does veneer learn what Trainer + peft learn? The same base, data, order, initial weights and settings, on SmolLM2-135M.
+"""Does veneer learn what Trainer + peft learn? Same base, data, order, initial weights and settings, on SmolLM2-135M.
 
     python -m benchmarks.parity                      # every method × veneer, peft; goes on where it was stopped
     python -m benchmarks.parity --only lora --steps 20
-    python -m benchmarks.parity --full               # LoRA at ten times full fine-tuning's rate against full fine-tuning
+    python -m benchmarks.parity --full               # LoRA at ten times full fine-tuning's rate, and full fine-tuning
     python -m benchmarks.parity --table              # what has been found so far
 
-Both train on short texts, over a base in bfloat16 (`--dtype float32` for the other): veneer by `veneer.train`, the other by transformers' `Trainer` over
-peft's model with the weights veneer's adapter starts from. Losses are noted at every step, so that the first of them
-shows whether both began alike. The held-out loss is computed by the same function for both. Each cell is a line of
-``benchmarks/results/parity.jsonl``.
+Both train on short texts, over a base in bfloat16 (`--dtype float32` for the other): veneer by `veneer.train`, the
+other by transformers' `Trainer` over peft's model, with the weights veneer's adapter starts from. Losses are noted at
+every step, so that the first of them shows whether both began alike. The held-out loss is computed by the same function
+for both. Each cell is a line of ``benchmarks/results/parity.jsonl``.
 """
 
 from __future__ import annotations
