@@ -5,7 +5,7 @@
     python -m benchmarks.parity --full               # LoRA at ten times full fine-tuning's rate, and full fine-tuning
     python -m benchmarks.parity --table              # what has been found so far
 
-Both train on short texts, over a base in bfloat16 (`--dtype float32` for the other): veneer by `veneer.train`, the
+Both train on short texts, over a base in float32 (`--dtype bfloat16` for the other): veneer by `veneer.train`, the
 other by transformers' `Trainer` over peft's model, with the weights veneer's adapter starts from. Losses are noted at
 every step, so that the first of them shows whether both began alike. The held-out loss is computed by the same function
 for both. Each cell is a line of ``benchmarks/results/parity.jsonl``.
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--seeds", type=int, choices=sorted(T_95), default=SEEDS)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

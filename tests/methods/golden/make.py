@@ -147,6 +147,8 @@ def made(name: str, method: str, config: Any) -> tuple[dict[str, torch.Tensor], 
     model.double().eval()
     method_names = [key for key, _ in model.named_parameters() if key not in own]
     randomise(model, method_names, seed=2, std=0.5)
+    scores = [key for key in method_names if ".query.weight" in key or ".key.weight" in key]
+    randomise(model, [key for key in scores if "fusion" in key], seed=4, std=0.1)  # a softmax that is not saturated
     padded = method != "unipelt"  # its gates' means take padding in, which is wrong
     inputs = inputs_for(name, padded)
     shift = PREFIX["prefix_length"] if method in ("prefix", "mam", "unipelt") else 0
