@@ -17,12 +17,14 @@ class Contract:
         identity: the adapted model starts out equal to the base: bit for bit, to rounding, or not at all.
         merges: it folds into the base's weights wherever these have a place for it.
         detached: its gradient leaves a part out by definition, so that finite differences are not it.
+        left: the share of its loss a student may be left with in test_learning.py.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     identity: Literal["bitwise", "rounding", "no"] = "bitwise"
     merges: bool = True
     detached: bool = False
+    left: float = 0.05
 
 
 CONTRACTS = {
@@ -56,7 +58,7 @@ CONTRACTS = {
     "shira": Contract({"rank": 2}),
     "unipelt": Contract({"rank": 2, "length": 2, "bottleneck": 3}, identity="no", merges=False),
     "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
-    "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
+    "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no", left=0.1),
     "vera": Contract({"rank": 3}),
 }
 
