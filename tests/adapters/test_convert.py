@@ -112,16 +112,16 @@ def test_the_command(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixt
         adapter = base.attach(method_class(name)(**settings), name)
         perturb(adapter)
         adapter.save(folder / name)
-    assert run("export", "vera", "out/lora") == 0
+    assert run("export", "vera", "out/lora", "--to", "lora") == 0
     assert "exact" in capsys.readouterr().out
     assert json.loads(Path("out/lora/adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert run("export", "lokr", "out/other") == 2
+    assert run("export", "lokr", "out/other", "--to", "lora") == 2
     assert "give a rank" in capsys.readouterr().err
     assert not Path("out/other").exists()
-    assert run("export", "lokr", "out/other", "--rank", 4, "--json") == 0
+    assert run("export", "lokr", "out/other", "--to", "lora", "--rank", 4, "--json") == 0
     assert max(json.loads(capsys.readouterr().out)["errors"].values()) > 0
-    assert run("export", "lokr", "out/other", "--rank", 4) == 2
+    assert run("export", "lokr", "out/other", "--to", "lora", "--rank", 4) == 2
     assert "exists already" in capsys.readouterr().err
-    assert run("export", "nowhere", "out/new") == 2
+    assert run("export", "nowhere", "out/new", "--to", "lora") == 2
     assert run("export", "vera", "out/new", "--to", "lorra") == 2
     assert "Did you mean 'lora'" in capsys.readouterr().err

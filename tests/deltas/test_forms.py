@@ -116,9 +116,9 @@ def test_gate_and_fusion() -> None:
     even = Fusion([one, two], zeros, torch.zeros(OUT).double(), zeros, torch.zeros(OUT).double(), eye)
     torch.testing.assert_close(even.apply(X, y), (one.apply(X, y) + two.apply(X, y)) / 2)
     sharp = Fusion([one, two], zeros, rand(OUT) * 1e3, eye, torch.zeros(OUT).double(), eye)
-    z = torch.stack([one.apply(X, y), two.apply(X, y)], -2)
+    z = torch.stack([one.apply(X, y), two.apply(X, y)], -2) - y.unsqueeze(-2)
     best = (z * sharp.query_bias).sum(-1).argmax(-1)
-    chosen = z.gather(-2, best[..., None, None].expand(*best.shape, 1, OUT)).squeeze(-2)
+    chosen = y + z.gather(-2, best[..., None, None].expand(*best.shape, 1, OUT)).squeeze(-2)
     torch.testing.assert_close(sharp.apply(X, y), chosen)
     for inner in (sparse(), rotation()):
         with pytest.raises(AdapterError, match="Only what acts on an output can be gated"):

@@ -22,6 +22,7 @@ class Contract:
             not it.
         method: its name, where a method has further contracts: other settings make it another thing.
         unused: it holds parameters that a forward may have no use for.
+        left: the share of its loss a student may be left with in test_learning.py.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class Contract:
     detached: bool = False
     method: str = ""
     unused: bool = False
+    left: float = 0.05
 
 
 CONTRACTS = {
@@ -73,8 +75,8 @@ CONTRACTS = {
     "shira": Contract({"rank": 2}),
     "unipelt": Contract({"rank": 2, "length": 2, "bottleneck": 3}, identity="no", merges=False),
     "unilora": Contract({"rank": 2, "bank_size": 50}, identity="rounding"),
-    "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no"),
     "tokens": Contract({"tokens": [5, 6, 9]}),
+    "vblora": Contract({"rank": 2, "num_vectors": 6, "vector_length": 8, "topk": 3}, identity="no", left=0.1),
     "vera": Contract({"rank": 3}),
 }
 

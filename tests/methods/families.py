@@ -44,7 +44,7 @@ class Family:
         model = self.make().to(dtype).eval()
         for module in model.modules():
             if dtype == torch.float64 and type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-                type(module).forward = _exact_norm
+                type(module).forward = exact_norm
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -156,7 +156,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def _exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Root-mean-square norms as transformers has them, but in the dtype they are given: theirs compute in float32."""
     eps = getattr(self, "variance_epsilon", None) or self.eps
     normed = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + eps)

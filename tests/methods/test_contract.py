@@ -74,7 +74,8 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_every_method_has_a_contract() -> None:
-    assert {contract.method or name for name, contract in CONTRACTS.items()} == set(methods()) - {"head"}
+    own = {name for name, cls in methods().items() if cls.__module__.startswith("veneer.")}  # a test may define others
+    assert {contract.method or name for name, contract in CONTRACTS.items()} == own - {"head"}
 
 
 @pytest.mark.parametrize(("name", "family"), cells())

@@ -27,7 +27,7 @@ COMMANDS = {
     "sweep": "Search config keys for the lowest validation loss.",
     "doctor": "Check this machine, and train a tiny model on it.",
     "adapters": "Check that an adapter folder is intact.",
-    "methods": "List the PEFT methods, or show the settings of one.",
+    "methods": "List the PEFT methods, or show all about one.",
     "sites": "Show where a method can act in a base, and the words for it.",
     "models": "List the catalogued bases, fetch one, or have one suggested.",
 }

@@ -12,21 +12,21 @@ def export_(
     adapter: Path,
     output: Path,
     *,
-    to: str = "lora",
+    to: str,
     rank: int | None = None,
     base_model: str | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Write an adapter as another method's: as plain LoRA, which vLLM, SGLang, TGI, LoRAX and llama.cpp read.
+    """Write an adapter as another method's: as plain LoRA, say, which vLLM, SGLang, TGI, LoRAX and llama.cpp read.
 
     What is low-rank by construction (vera, loha, adalora, lora with any start) is written exactly. Whatever else
     changes linear maps only is approximated to a rank, and the error told.
 
     Examples:
 
-        veneer export runs/vera exported/vera-as-lora
+        veneer export runs/vera exported/vera-as-lora --to lora
 
-        veneer export runs/dora exported/dora-as-lora --rank 32
+        veneer export runs/dora exported/dora-as-lora --to lora --rank 32
 
     Parameters
     ----------

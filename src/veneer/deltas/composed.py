@@ -2,8 +2,8 @@
 
 Stack     δ_n(… δ_1(f)): around the module f each acts on what the ones before it left
 Gate      y ← y + g ⊙ (δ(x, y) − y)                      g scales what the delta changes (UniPELT, Mao et al. 2022)
-Fusion    y ← Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n + b_k, v_n = W_v z_n, z_n = δ_n(x, y)
-          (AdapterFusion, Pfeiffer et al. 2021, §3)
+Fusion    y ← y + Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n + b_k, v_n = W_v z_n, z_n = δ_n(x, y) − y
+          (AdapterFusion, Pfeiffer et al. 2021, §3; what the adapters add is fused, as in the authors' code)
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ class Fusion(Delta):
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """The fused output, in place of y."""
-        z = torch.stack([delta.apply(x, y) for delta in self.deltas], -2)
+        z = torch.stack([delta.apply(x, y) - y for delta in self.deltas], -2)
         q = F.linear(y, self.query.to(y.dtype), self.query_bias.to(y.dtype))
         k = F.linear(z, self.key.to(y.dtype), self.key_bias.to(y.dtype))
         v = F.linear(z, self.value.to(y.dtype))
         weights = (q.unsqueeze(-2) * k).sum(-1).softmax(-1)
-        return (weights.unsqueeze(-1) * v).sum(-2)
+        return y + (weights.unsqueeze(-1) * v).sum(-2)
 
     def for_rows(self, among: Among) -> Delta:
         """Each delta's rows."""

@@ -37,6 +37,7 @@ class AdaLoRA(Targeted):
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "LoRA that spends its rank where it matters"
+    paper: ClassVar[str] = "Zhang et al. 2023, arXiv:2303.10512"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "ADALORA"
     peft_checked: ClassVar[frozenset[str]] = frozenset({"r", "total_step", "tinit", "tfinal", "deltaT", "rank_pattern"})

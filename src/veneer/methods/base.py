@@ -151,6 +151,10 @@ class Method(BaseModel):
     """Other names configs may call it."""
     summary: ClassVar[str]
     """One line for `veneer methods`: what it is, when to use it."""
+    paper: ClassVar[str] = ""
+    """Where it is from: "Hu et al. 2021, arXiv:2106.09685"; empty for what is nobody's."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Settings to try it with, if it can't do without any."""
     learning_rate: ClassVar[float]
     """A default that learns."""
     conditioned: ClassVar[bool] = False

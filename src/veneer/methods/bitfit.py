@@ -26,6 +26,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
     summary: ClassVar[str] = "trains biases only"
+    paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv:2106.10199"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_BITFIT"
 

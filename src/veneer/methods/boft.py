@@ -36,6 +36,7 @@ class BOFT(Targeted):
 
     name: ClassVar[str] = "boft"
     summary: ClassVar[str] = "rotates inputs by butterfly factors; wider rotations than OFT's from fewer numbers"
+    paper: ClassVar[str] = "Liu et al. 2024, arXiv:2311.06243"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "BOFT"
     peft_names: ClassVar[Mapping[str, str]] = {

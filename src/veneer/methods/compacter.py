@@ -36,6 +36,7 @@ class Compacter(Houlsby):
     name: ClassVar[str] = "compacter"
     aliases: ClassVar[tuple[str, ...]] = ("adapter-comet",)
     summary: ClassVar[str] = "bottleneck adapters of Kronecker products; a hundredth of Houlsby's size"
+    paper: ClassVar[str] = "Karimi Mahabadi et al. 2021, arXiv:2106.04647"
     learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "VENEER_COMPACTER"
 

@@ -41,6 +41,7 @@ class Conditional(Houlsby):
     name: ClassVar[str] = "conditional"
     aliases: ClassVar[tuple[str, ...]] = ("can",)
     summary: ClassVar[str] = "one adapter for several tasks, told at each row which it is"
+    paper: ClassVar[str] = "Pilault et al. 2021, arXiv:2009.09139"
     peft_type: ClassVar[str] = "VENEER_CONDITIONAL"
     conditioned: ClassVar[bool] = True
 

@@ -32,6 +32,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     summary: ClassVar[str] = "LoRA with magnitudes trained apart from directions"
+    paper: ClassVar[str] = "Liu et al. 2024, arXiv:2402.09353"
     learning_rate: ClassVar[float] = 5e-4
     kinds: ClassVar[Collection[str]] = ("linear",)
 

@@ -1,6 +1,6 @@
 """AdapterFusion (Pfeiffer et al. 2021, arXiv:2005.00247, §3).
 
-    o = Σ_n softmax_n(q · k_n) v_n,     q = W_q y + b_q,   k_n = W_k z_n + b_k,   v_n = W_v z_n,   z_n = δ_n(y)
+    o = y + Σ_n softmax_n(q · k_n) v_n,     q = W_q y + b_q,  k_n = W_k z_n + b_k,  v_n = W_v z_n,  z_n = δ_n(y) − y
 
 over N adapters that are trained already and stay as they are, at each place where they act; no 1/√d. Trained: ``3 d² +
 2 d`` a place; stored: that and the N adapters, so that the folder is whole. As in the paper W_v starts at the identity
@@ -38,6 +38,8 @@ class Fusion(Mixture):
     name: ClassVar[str] = "fusion"
     aliases: ClassVar[tuple[str, ...]] = ("adapter-fusion",)
     summary: ClassVar[str] = "attention over several trained adapters, which stay as they are"
+    paper: ClassVar[str] = "Pfeiffer et al. 2021, arXiv:2005.00247"
+    example: ClassVar[Mapping[str, Any]] = {"methods": ["pfeiffer", "pfeiffer"]}
     learning_rate: ClassVar[float] = 5e-4
     peft_type: ClassVar[str] = "VENEER_FUSION"
 

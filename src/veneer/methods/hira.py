@@ -31,6 +31,7 @@ class HiRA(Targeted):
 
     name: ClassVar[str] = "hira"
     summary: ClassVar[str] = "multiplies weights by a low-rank factor; high rank at LoRA's size"
+    paper: ClassVar[str] = "Huang et al. 2025, ICLR"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "HIRA"
     peft_names: ClassVar[Mapping[str, str]] = {"r": "rank", "target_modules": "targets"}

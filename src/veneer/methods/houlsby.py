@@ -38,6 +38,7 @@ class Houlsby(Method):
     name: ClassVar[str] = "houlsby"
     aliases: ClassVar[tuple[str, ...]] = ("adapter-bert",)
     summary: ClassVar[str] = "bottleneck adapters after attention and feed-forward"
+    paper: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_HOULSBY"
 

@@ -29,6 +29,7 @@ class IA3(Method):
 
     name: ClassVar[str] = "ia3"
     summary: ClassVar[str] = "scales keys, values and inner activations; tiny adapters, few examples"
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv:2205.05638"
     learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "IA3"
 

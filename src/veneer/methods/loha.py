@@ -31,6 +31,7 @@ class LoHa(Targeted):
 
     name: ClassVar[str] = "loha"
     summary: ClassVar[str] = "elementwise product of two low-rank updates; high rank from few numbers"
+    paper: ClassVar[str] = "Hyeon-Woo et al. 2022, arXiv:2108.06098"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "LOHA"
     peft_names: ClassVar[Mapping[str, str]] = {"r": "rank", "alpha": "alpha", "target_modules": "targets"}

@@ -30,6 +30,7 @@ class LoKr(Targeted):
 
     name: ClassVar[str] = "lokr"
     summary: ClassVar[str] = "Kronecker-product update; very small, of high rank"
+    paper: ClassVar[str] = "Yeh et al. 2023, arXiv:2309.14859"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "LOKR"
     peft_names: ClassVar[Mapping[str, str]] = {"r": "rank", "alpha": "alpha", "target_modules": "targets"}

@@ -56,6 +56,7 @@ class LoRA(Targeted):
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank update of linear maps; the one to try first"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
     learning_rate: ClassVar[float] = 5e-4
     peft_type: ClassVar[str] = "LORA"
     peft_names: ClassVar[Mapping[str, str]] = {

@@ -27,6 +27,7 @@ class MAM(Mixture):
 
     name: ClassVar[str] = "mam"
     summary: ClassVar[str] = "mix-and-match: a short prefix and wide scaled parallel adapters"
+    paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
     peft_type: ClassVar[str] = "VENEER_MAM"
 
     length: int = Field(30, ge=1)

@@ -11,7 +11,7 @@ parameters (``bitfit`` and ``norm``); don't expect two that do the same to be be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -40,6 +40,7 @@ class Mix(Mixture):
     name: ClassVar[str] = "mix"
     summary: ClassVar[str] = "any list of methods as one adapter"
     peft_type: ClassVar[str] = "VENEER_MIX"
+    example: ClassVar[Mapping[str, Any]] = {"methods": ["bitfit", "norm"]}
 
     methods: tuple[Member, ...] = Field(min_length=1)
     """Which: names, or names with settings, e.g. [{name: lora, rank: 8}, bitfit]."""

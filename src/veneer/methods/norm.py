@@ -29,6 +29,7 @@ class Norm(Method):
 
     name: ClassVar[str] = "norm"
     summary: ClassVar[str] = "trains scales and biases of the norms only"
+    paper: ClassVar[str] = "Zhao et al. 2024, arXiv:2312.11420"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "LN_TUNING"
 

@@ -31,6 +31,7 @@ class OFT(Targeted):
 
     name: ClassVar[str] = "oft"
     summary: ClassVar[str] = "rotates the inputs of linear maps; keeps what the base knows"
+    paper: ClassVar[str] = "Qiu et al. 2023, arXiv:2306.07280"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "OFT"
     peft_names: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size", "target_modules": "targets"}

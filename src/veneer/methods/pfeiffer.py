@@ -27,6 +27,7 @@ class Pfeiffer(Houlsby):
     name: ClassVar[str] = "pfeiffer"
     aliases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "bottleneck adapters after feed-forward only; half of Houlsby's size"
+    paper: ClassVar[str] = "Pfeiffer et al. 2021, arXiv:2005.00247"
     peft_type: ClassVar[str] = "VENEER_PFEIFFER"
 
     bottleneck: int | None = Field(None, ge=1)  # type: ignore[assignment]

@@ -46,6 +46,7 @@ class Prefix(Method):
 
     name: ClassVar[str] = "prefix"
     summary: ClassVar[str] = "learned keys and values in every attention layer"
+    paper: ClassVar[str] = "Li & Liang 2021, arXiv:2101.00190"
     learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     peft_prefix: ClassVar[str] = "base_model."

@@ -40,6 +40,7 @@ class Prompt(VirtualTokens):
 
     name: ClassVar[str] = "prompt"
     summary: ClassVar[str] = "learned virtual tokens before the input; the fewest numbers"
+    paper: ClassVar[str] = "Lester et al. 2021, arXiv:2104.08691"
     learning_rate: ClassVar[float] = 3e-2
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     peft_names: ClassVar[Mapping[str, str]] = {"num_virtual_tokens": "length", "prompt_tuning_init_text": "text"}

@@ -22,6 +22,7 @@ class PTuning2(Prefix):
 
     name: ClassVar[str] = "ptuning2"
     summary: ClassVar[str] = "deep prompts: prefix tuning for encoders"
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv:2110.07602"
 
     length: int = Field(32, ge=1)
     """How many keys and values."""

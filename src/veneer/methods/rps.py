@@ -41,6 +41,7 @@ class RPS(Targeted):
 
     name: ClassVar[str] = "rps"
     summary: ClassVar[str] = "every weight's change from one shared vector, by a hash; full rank at any size"
+    paper: ClassVar[str] = "Chen et al. 2015, arXiv:1504.04788"
     learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "VENEER_RPS"
 

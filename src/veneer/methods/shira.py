@@ -30,6 +30,7 @@ class SHiRA(Targeted):
 
     name: ClassVar[str] = "shira"
     summary: ClassVar[str] = "sparse update of fixed random entries"
+    paper: ClassVar[str] = "Bhardwaj et al. 2024, arXiv:2406.13175"
     learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "SHIRA"
     peft_names: ClassVar[Mapping[str, str]] = {"r": "rank", "target_modules": "targets"}

@@ -51,6 +51,7 @@ class UniPELT(Mixture):
 
     name: ClassVar[str] = "unipelt"
     summary: ClassVar[str] = "adapters, prefixes and LoRA, each behind a learned gate"
+    paper: ClassVar[str] = "Mao et al. 2022, arXiv:2110.07577"
     peft_type: ClassVar[str] = "VENEER_UNIPELT"
 
     rank: int = Field(8, ge=1)

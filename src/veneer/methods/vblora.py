@@ -40,6 +40,7 @@ class VBLoRA(Targeted):
 
     name: ClassVar[str] = "vblora"
     summary: ClassVar[str] = "low-rank factors mixed from one bank of vectors; very small to keep"
+    paper: ClassVar[str] = "Li et al. 2024, arXiv:2405.15179"
     learning_rate: ClassVar[float] = 8e-3
     peft_type: ClassVar[str] = "VBLORA"
     peft_names: ClassVar[Mapping[str, str]] = {

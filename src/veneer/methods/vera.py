@@ -34,6 +34,7 @@ class VeRA(Targeted):
 
     name: ClassVar[str] = "vera"
     summary: ClassVar[str] = "scales shared random low-rank factors; tiny adapters"
+    paper: ClassVar[str] = "Kopiczko et al. 2024, arXiv:2310.11454"
     learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "VERA"
     peft_names: ClassVar[Mapping[str, str]] = {
