@@ -123,7 +123,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], Translate]] = {
     "bert-prefix": ("prefix", {"length": 3}, prefix),
     "bert-fusion": ("fusion", {"methods": [{"name": "pfeiffer", "bottleneck": 4}] * 2}, fused),
     "bert-unipelt": ("unipelt", {"rank": 2, "length": 3, "bottleneck": 4}, unipelt),
-    "bert-mam": ("mam", {"length": 3, "bottleneck": 4}, mam),
+    "bert-mam": ("mam", {"length": 3, "mlp": False, "bottleneck": 4}, mam),
 }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class DiffPruning(Targeted):
     """A sparse difference, found by learning which numbers to leave alone."""
 
     name: ClassVar[str] = "diff-pruning"
+    paper: ClassVar[str] = "Guo et al. 2021, arXiv:2012.07463"
     summary: ClassVar[str] = "learns a sparse difference to the base; tiny files, costly training"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_DIFF_PRUNING"

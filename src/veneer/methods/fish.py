@@ -37,6 +37,7 @@ class FISH(Targeted):
     """A sparse update on the entries with the greatest Fisher information."""
 
     name: ClassVar[str] = "fish"
+    paper: ClassVar[str] = "Sung et al. 2021, arXiv:2111.09839"
     summary: ClassVar[str] = "sparse update of the entries that matter most to the data"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_FISH"

@@ -34,6 +34,7 @@ class Partial(Targeted):
     """Chosen modules in full."""
 
     name: ClassVar[str] = "partial"
+    paper: ClassVar[str] = "Yosinski et al. 2014, arXiv:1411.1792"
     summary: ClassVar[str] = "trains chosen layers or modules in full"
     learning_rate: ClassVar[float] = 1e-4
     peft_type: ClassVar[str] = "VENEER_PARTIAL"

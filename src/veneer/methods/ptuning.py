@@ -46,6 +46,7 @@ class PTuning(VirtualTokens):
     """Virtual tokens made by a small network, before the input or at slots in it."""
 
     name: ClassVar[str] = "ptuning"
+    paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
     summary: ClassVar[str] = "virtual tokens from a small network, anywhere in the input"
     learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "P_TUNING"

@@ -43,6 +43,7 @@ class TokenRows(Method):
     """Selected rows of the token embeddings."""
 
     name: ClassVar[str] = "tokens"
+    example: ClassVar[Mapping[str, Any]] = {"tokens": [5]}
     summary: ClassVar[str] = "trains the embeddings of selected tokens"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
