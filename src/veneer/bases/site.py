@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from veneer.errors import TargetError
 
+EMBEDDING = "embedding"
+EXPERTS = "experts"
+
 
 @dataclass(frozen=True)
 class Site:

@@ -8,7 +8,6 @@ role, and can be picked by its name.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,30 +16,24 @@ from torch import nn
 
 from veneer.bases.families import (
     Split,
-    bare_maps,
     branch_output,
     counts_positions,
     is_cross_attention,
     is_never_called,
     peft_task,
     positions_first,
-    role_of,
     split_of,
     stack_of,
     takes_prefixes,
 )
-from veneer.bases.site import AttentionSite, Site, is_expression
-from veneer.bases.weights import is_transposed, parameters_of
+from veneer.bases.scan import sites_of
+from veneer.bases.site import EMBEDDING, EXPERTS, AttentionSite, Site, is_expression
+from veneer.bases.weights import parameters_of
 from veneer.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-EMBEDDING = "embedding"
-EXPERTS = "experts"
-
-
 _EXPERTS = Split({"hidden_states": 0, "top_k_index": 0, "top_k_weights": 0}, 0)
 _MAPS = ("linear", EXPERTS)
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 class SiteMap(Sequence[Site]):
@@ -58,7 +51,7 @@ class SiteMap(Sequence[Site]):
             for path, module in self._modules.items()
             if path and id(module) not in skip and not is_never_called(path)
         }
-        self._everything = [site for path, module in inside.items() for site in _sites(path, module)]
+        self._everything = [site for path, module in inside.items() for site in sites_of(path, module)]
         self._sites = [site for site in self._everything if site.kind == "linear"]
         self._by_path = {site.path: site for site in self._everything}
 
@@ -355,52 +348,6 @@ def _fused_keys(module: nn.Module, site: Site, width: int) -> int:
     groups = getattr(module, "num_key_value_groups", 1)
     heads = site.out_features // width  # of queries, keys and values together: g·n + n + n
     return heads // (groups + 2) * width
-
-
-def _sites(path: str, module: nn.Module) -> Iterator[Site]:
-    """What can be adapted of this very module."""
-    layer_match = _LAYER.search(path)
-    layer = int(layer_match[1]) if layer_match else None
-    bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.Linear) or is_transposed(module):
-        role, group = role_of(path)
-        if isinstance(module, nn.Linear):
-            width = (module.in_features, module.out_features)
-        else:
-            width = tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
-        yield Site(path, *width, "linear", role, group, layer, bias)
-    elif isinstance(module, nn.Embedding):
-        yield Site(path, module.num_embeddings, module.embedding_dim, EMBEDDING, None, None, layer)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        kernel = tuple(module.kernel_size)
-        channels = module.in_channels // module.groups
-        yield Site(path, channels, module.out_channels, "conv", None, None, layer, bias, kernel)
-    elif (scale := module._parameters.get("weight")) is not None:
-        # Norms over the last axis only: those over channels come before it.
-        if scale.dim() == 1 and type(module).__name__.endswith(("LayerNorm", "RMSNorm")):
-            yield Site(path, len(scale), len(scale), "norm", None, None, layer, bias)
-    else:
-        yield from _bare(path, module, layer)
-
-
-def _bare(path: str, module: nn.Module, layer: int | None) -> Iterator[Site]:
-    """Linear maps that the module keeps as parameters of its own."""
-    for name, transposed in bare_maps(module).items():
-        shape = module._parameters[name].flatten(1).shape  # type: ignore[union-attr]
-        width = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
-        role, group = role_of(f"{path}.{name}")
-        yield Site(
-            f"{path}.{name}", width[0], width[1], "linear", role, group, layer, parameter=name, transposed=transposed
-        )
-    if type(module).__name__.endswith("Experts"):
-        transposed = bool(getattr(module, "is_transposed", False))
-        for name, value in module._parameters.items():
-            if value is not None and value.dim() == 3:
-                width = (value.shape[1], value.shape[2]) if transposed else (value.shape[2], value.shape[1])
-                yield Site(
-                    f"{path}.{name}", width[0], width[1], EXPERTS, None, EXPERTS, layer,
-                    parameter=name, transposed=transposed, count=len(value),
-                )  # fmt: skip
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site
-from veneer.bases.sites import EMBEDDING
+from veneer.bases.site import EMBEDDING
 from veneer.deltas import Delta, Sparse
 from veneer.methods.base import BaseWeights, Lowering, State, Survey
 from veneer.methods.entries import INDICES, VALUES, distinct, entries, greatest, matrix_fault

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import EMBEDDING, EXPERTS
+from veneer.bases.site import EMBEDDING, EXPERTS
 from veneer.deltas import Bias, ConvLowRank, Delta, EmbeddingLowRank, LowRank, Stack
 from veneer.errors import AdapterError, AdapterFileError, TargetError, did_you_mean
 from veneer.methods.base import BaseWeights, Lowering, State, Survey

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.bases.sites import EMBEDDING, EXPERTS
+from veneer.bases.site import EMBEDDING, EXPERTS
 from veneer.deltas import Delta, Param
 from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from veneer.adapters import Adapter, Base
 from veneer.data import Format
-from veneer.errors import ConfigError, DataError
 from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Scores, Task
+from veneer.tasks.chat import Segment, chat_segments, content_of, messages_of
 from veneer.tasks.conditions import conditioned
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Segment: TypeAlias = tuple[str, bool]
 """A piece of text, and whether it is to be learned."""
 
 IGNORED = -100
@@ -102,7 +101,7 @@ class CausalLM(Task):
         for row in rows:
             labels = whole.encode(row, tokenizer)[0]["labels"]
             unlearned += labels[-1:] != [end]
-            turns = 0 if _is_text(row) else sum(turn["role"] == "assistant" for turn in _messages(row))
+            turns = 0 if _is_text(row) else sum(turn["role"] == "assistant" for turn in messages_of(row))
             unclosed += turns > 1 and sum(not closing.isdisjoint(run) for run in _stretches(labels)) < turns
         told = []
         if unlearned:
@@ -180,10 +179,10 @@ class CausalLM(Task):
             ids: list[int] = tokenizer(row["text"])["input_ids"]
             return ids[-self.max_length :]
         if self.template == "plain" and "messages" not in row:
-            segments = [(_content(row["prompt"]), False)]
+            segments = [(content_of(row["prompt"]), False)]
         else:
-            turns = _messages(row)
-            segments = _chat_segments(turns[:-1] if turns[-1]["role"] == "assistant" else turns, tokenizer)
+            turns = messages_of(row)
+            segments = chat_segments(turns[:-1] if turns[-1]["role"] == "assistant" else turns, tokenizer)
         return self._tokens(segments, tokenizer)[0]
 
     def predict(
@@ -241,7 +240,7 @@ class CausalLM(Task):
     def show(self, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[str, str | None, str]:
         """The last question, and the answers."""
         if "prompt" in row:
-            question = _content(row["prompt"])
+            question = content_of(row["prompt"])
         elif "messages" in row:
             asked = [turn for turn in row["messages"] if turn["role"] != "assistant"]
             question = str(asked[-1]["content"]) if asked else ""
@@ -256,15 +255,15 @@ class CausalLM(Task):
             last = row["messages"][-1]
             return str(last["content"]) if last["role"] == "assistant" else None
         completion = row.get("completion")
-        return _content(completion) if completion is not None else None
+        return content_of(completion) if completion is not None else None
 
     def _segments(self, row: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
         if self.template == "plain" and "messages" not in row:
-            return [(_content(row["prompt"]), False), (_content(row["completion"]), True)]
-        turns = _messages(row)
+            return [(content_of(row["prompt"]), False), (content_of(row["completion"]), True)]
+        turns = messages_of(row)
         while turns[-1]["role"] != "assistant":
             turns.pop()  # nothing after the last answer is learned
-        return _chat_segments(turns, tokenizer)
+        return chat_segments(turns, tokenizer)
 
     def _tokens(self, segments: Sequence[Segment], tokenizer: Any) -> tuple[list[int], list[int]]:
         """Token ids and labels. A learned segment ends with the end token, added where the template has none."""
@@ -293,56 +292,6 @@ class CausalLM(Task):
             pieces.append(ids[-2:])  # the end token alone would be predicted from nothing
         told = {"given": 0, "learned": len(ids), "truncated": False}
         return [{"input_ids": piece, "labels": piece, **told} for piece in pieces]
-
-
-def _chat_segments(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Segment]:
-    """Cut the template's rendering of a conversation before and after each turn of the assistant.
-
-    Raises:
-        DataError: the template refuses the conversation, or rewrites earlier turns when later ones come.
-    """
-
-    def render(upto: int, *, ask: bool) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask))
-        except Exception as error:  # templates are programs: anything may come out of them
-            raise DataError(f"The base's chat template refuses this conversation: {error}") from error
-
-    if not tokenizer.chat_template:
-        raise ConfigError("This base has no chat template; set task.template=plain, or use another base.")
-    segments: list[Segment] = []
-    done = ""
-
-    def add(text: str, learned: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise DataError("The base's chat template changes earlier turns, so answers cannot be told apart in it.")
-        segments.append((text[len(done) :], learned))
-        done = text
-
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            add(render(index, ask=True), False)
-            add(render(index + 1, ask=False), True)
-    if messages[-1]["role"] != "assistant":
-        add(render(len(messages), ask=True), False)
-    return segments
-
-
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row as a conversation, without the empty fields that tabular storage adds."""
-    if row.get("messages"):
-        turns = row["messages"]
-    else:
-        prompt, completion = row["prompt"], row.get("completion")
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if completion is not None:
-            turns += [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-
-
-def _content(value: str | Sequence[Mapping[str, Any]]) -> str:
-    return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
 
 
 def _is_text(row: Mapping[str, Any]) -> bool:
