@@ -5,7 +5,7 @@
     python -m benchmarks.parity --full               # LoRA at ten times full fine-tuning's rate, and full fine-tuning
     python -m benchmarks.parity --table              # what has been found so far
 
-Both train on short texts, over a base in float32 (`--dtype bfloat16` for the other): veneer by `veneer.train`, the
+Both train on real prose, over a base in float32 (`--dtype bfloat16` for the other): veneer by `veneer.train`, the
 other by transformers' `Trainer` over peft's model, with the weights veneer's adapter starts from. Losses are noted at
 every step, so that the first of them shows whether both began alike. The held-out loss is computed by the same function
 for both. Each cell is a line of ``benchmarks/results/parity.jsonl``.
@@ -30,16 +30,17 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from datasets import Dataset
 from safetensors.torch import load_file
 
 import veneer
-from veneer.data import read
+from benchmarks.texts import prose
 from veneer.data.batching import EpochSampler
 from veneer.methods import method_class
 from veneer.tasks.causal_lm import IGNORED, CausalLM
 from veneer.training import TrainSettings
 
-BASE, DATA = "smollm2-135m-instruct", "prompt-injections"
+BASE = "smollm2-135m-instruct"
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "ia3": {},
@@ -49,9 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {},
 }
 SETTINGS: dict[str, Any] = {"batch_size": 4, "log_every": 1, "samples": 0}
-STEPS, LENGTH, TRAINING, HELD_OUT = 300, 64, 1200, 400
-CHARACTERS = range(60, 200)
-"""How long the texts are: some 15 to 50 tokens."""
+STEPS, LENGTH, HELD_OUT = 300, 64, 200
 FULL, LORA = "full", "lora"
 FULL_RATE = 5e-5
 """Of full fine-tuning; LoRA's is ten times that, which is its default."""
@@ -139,17 +138,10 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
     return {"before": before, "after": after, "losses": losses, "seconds": seconds}
 
 
-def data(held_out: int) -> tuple[Any, Any]:
-    """Training and held-out texts of like length; no held-out one occurs in training."""
-
-    def some(rows: Any, count: int) -> Any:
-        fitting = rows.filter(lambda row: len(row["text"]) in CHARACTERS).shuffle(seed=0)
-        return fitting.select(range(min(count, len(fitting)))).remove_columns("label")
-
-    everything = read(DATA, split="train")
-    known = {" ".join(text.lower().split()) for text in everything["text"]}
-    test = read(DATA, split="test").filter(lambda row: " ".join(row["text"].lower().split()) not in known)
-    return some(everything, TRAINING), some(test, held_out)
+def data(held_out: int) -> tuple[Dataset, Dataset]:
+    """Texts to learn from and to hold out."""
+    training, apart = prose(held_out)
+    return Dataset.from_list(training), Dataset.from_list(apart)
 
 
 def as_peft(model: Any, folder: Path, method: veneer.Method, steps: int) -> Any:

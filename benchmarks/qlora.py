@@ -2,7 +2,7 @@
 
     python -m benchmarks.qlora [--steps 300] [--seeds 1] [--json]
 
-The task is to go on with real text (the messages of `prompt-injections`), so that the loss is over all tokens. Each
+The task is to go on with real prose, so that the loss is over all tokens. Each
 run has a process of its own, whose greatest memory is told.
 """
 
@@ -29,11 +29,9 @@ def one(kind: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import veneer
-    from veneer.data import read
+    from benchmarks.texts import prose
 
-    rows = {name: read("prompt-injections", split=name).select_columns("text") for name in ("train", "test")}
-    known = set(rows["train"]["text"])
-    held_out = rows["test"].filter(lambda row: row["text"] not in known).shuffle(seed=0)
+    training, held_out = prose(options["held_out"])
     plain = veneer.load_base(BASE, dtype=torch.bfloat16)
     base = veneer.load_base(BASE, dtype=torch.bfloat16, quantize=KINDS[kind].get("quantize"))
     all_bytes, weights = plain.nbytes, sum(site.in_features * site.out_features for site in plain.sites)
@@ -41,11 +39,12 @@ def one(kind: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
     method = veneer.LoRA(rank=options["rank"], init=KINDS[kind].get("init", "kaiming"))
     result = veneer.train(
         base.attach(method, "a", seed=seed),
-        rows["train"].shuffle(seed=seed).select(range(options["steps"] * options["batch"])),
-        validation=held_out.select(range(options["held_out"])),
+        training,
+        validation=held_out,
         task="causal-lm",
         max_truncated=1.0,
-        epochs=1,
+        epochs=1000,
+        max_steps=options["steps"],
         batch_size=options["batch"],
         evaluate_every=options["steps"],
         learning_rate=5e-4,
@@ -69,7 +68,7 @@ def one(kind: str, seed: int, options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("steps", 300), ("seeds", 1), ("batch", 8), ("held-out", 200), ("rank", 16)):
+    for name, default in (("steps", 300), ("seeds", 1), ("batch", 4), ("held-out", 200), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     options = vars(parser.parse_args())
