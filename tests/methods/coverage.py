@@ -28,7 +28,8 @@ against finite differences, merged equal to adapted, save and load, checkpointin
 padding, and batches that mix all kinds row by row, all in float64. Besides, `tests/methods/test_against_peft.py` compares outputs
 and gradients with peft's.
 
-*rows*: a batch may mix adapters of all kinds and plain rows. *checkpointing*: activations can be recomputed.
+*checkpointing*: activations can be recomputed. On every family a batch may mix adapters of all kinds and plain rows, but
+for `full`, whose rows share no weights with the base.
 
 """
 
@@ -44,18 +45,18 @@ def reason(name: str, family: Family) -> str | None:
 
 def page() -> str:
     """The page's text."""
-    names = sorted(CONTRACTS)
     reasons: list[str] = []
-    lines = [f"| family | {' | '.join(names)} | rows | checkpointing |", "|---" * (len(names) + 3) + "|"]
-    for family in FAMILIES.values():
+    lines = [f"| method | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for name in sorted(CONTRACTS):
         cells = []
-        for name in names:
+        for family in FAMILIES.values():
             why = reason(name, family)
             if why is not None and why not in reasons:
                 reasons.append(why)
             cells.append("✓" if why is None else f"[{reasons.index(why) + 1}]")
-        cells += ["✓", "✓" if family.checkpoints else "no"]
-        lines.append(f"| {family.name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    checkpointed = ["✓" if family.checkpoints else "no" for family in FAMILIES.values()]
+    lines.append(f"| *checkpointing* | {' | '.join(checkpointed)} |")
     notes = [f"{number}. {why}" for number, why in enumerate(reasons, 1)]
     more = [
         "",

@@ -63,11 +63,11 @@ class UniPELT(Mixture):
 
     def members(self) -> Sequence[Method]:
         """The three."""
-        lora = LoRA(rank=self.rank, alpha=2 * self.rank, targets=("q", "v"))
+        lora = LoRA(rank=self.rank, alpha=2 * self.rank, targets="attention")
         return lora, Prefix(length=self.length), Pfeiffer(bottleneck=self.bottleneck)
 
     def sites(self, sites: SiteMap) -> Sequence[GatedJunction]:
-        """Those of the three; LoRA not in attention to an encoder.
+        """Those of the three; LoRA on queries and values of attention within a sequence, or on maps that hold both.
 
         Raises:
             TargetError: prefixes can't be gated here.
@@ -85,7 +85,7 @@ class UniPELT(Mixture):
                 sites.row_axis(junction.path),
             )
             for junction in super().sites(sites)
-            if not (sites.is_cross_attention(junction.path) and isinstance(junction.members[0][1], Site))
+            if not _is_other_map(junction.members[0][1], sites)
         ]
 
     def own(self, site: Junction, generator: torch.Generator) -> dict[str, Tensor]:
@@ -117,3 +117,9 @@ class UniPELT(Mixture):
     def settled(self, *_: Any) -> None:
         """As it is: a mix has no gates."""
         return
+
+
+def _is_other_map(site: Any, sites: SiteMap) -> bool:
+    """Whether LoRA is not to act there."""
+    is_map = isinstance(site, Site) and site.group == "attention"
+    return is_map and (site.role not in ("q", "v", "qkv") or sites.is_cross_attention(site.path))
