@@ -345,3 +345,14 @@ def test_virtual_tokens_need_ids() -> None:
     adapter = base.attach(method_class("prompt")(length=3))
     with pytest.raises(AdapterError, match="pass input_ids"):
         adapter(inputs_embeds=torch.ones(1, 4, 32))
+
+
+def test_parameters_keep_their_order_when_they_are_replaced(base: veneer.Base) -> None:
+    """Optimisers resumed from a file know parameters by their order: the method's first, then the head's."""
+    model = tiny_bert().requires_grad_(False)
+    head = {"classifier": {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)}}
+    adapter = veneer.Base(model).attach(veneer.LoRA(rank=2), "a", modules=head)
+    before = [name for name, _ in adapter.named_parameters()]
+    adapter.replace(*adapter.state)
+    assert [name for name, _ in adapter.named_parameters()] == before
+    assert before[-1].endswith("classifier.bias")

@@ -19,7 +19,7 @@ from veneer.deltas import LowRank
 from veneer.errors import AdapterError, BaseError, ConfigError, OutputError, TargetError
 
 sys.path.append(str(Path(__file__).parents[1] / "methods"))
-from contracts import CONTRACTS, method
+from contracts import CONTRACTS, method, trained
 from families import FAMILIES, run
 
 IDS = torch.arange(14).view(2, 7) + 3
@@ -108,7 +108,7 @@ def test_every_method_acts_on_whole_maps(name: str, family: str, tmp_path: Path)
             dense.get_submodule(path).weight.copy_(module.weight)
     adapters = [veneer.Base(each).attach(method(name), "a").double() for each in (model, dense)]
     for adapter in adapters:
-        perturb(adapter, std=0.2)
+        trained(adapter, name)
     with torch.no_grad():
         plain = run(model, inputs)
         got, expected = (run(adapter, inputs) for adapter in adapters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts import CONTRACTS, method
+from contracts import CONTRACTS, method, trained
 from families import FAMILIES, IDS, Family, run
 from test_contract import ALWAYS, EXACT, off
 
@@ -30,7 +30,7 @@ def everything_attached(family: Family) -> tuple[veneer.Base, list[str | None]]:
                 adapter = base.attach(method(name), f"{name}{copy}", seed=copy).double()
             except TargetError:
                 continue
-            perturb(adapter, std=0.2, seed=10 * number + copy)
+            trained(adapter, name, seed=10 * number + copy)
             names += [adapter.name] if copy else [adapter.name, None]
     return base, [*names[1:], "lora0"]
 

@@ -145,6 +145,8 @@ class Adapter(Trainable):
         self._shared = self._own("", shared)
         names = _names_in_files(self.sites)
         self._at_sites = {path: self._own(names[path], tensors) for path, tensors in values.items()}
+        for key in (key for keys in self._in_full.values() for key in keys.values()):
+            self._parameters[key] = self._parameters.pop(key)  # last again: optimisers know parameters by their order
 
     def _drop(self, key: str | None) -> None:
         self._parameters.pop(key, None)  # type: ignore[arg-type]

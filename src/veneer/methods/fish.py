@@ -26,8 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site
+from veneer.bases.quantized import kind_of
 from veneer.bases.site import EMBEDDING
 from veneer.deltas import Delta, Sparse
+from veneer.errors import TargetError
 from veneer.methods.base import BaseWeights, Lowering, State, Survey
 from veneer.methods.entries import INDICES, VALUES, distinct, entries, greatest, matrix_fault
 from veneer.methods.targeted import Targeted
@@ -54,6 +56,9 @@ class FISH(Targeted):
 
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Random entries, until the data have been seen."""
+        own = base.model.get_submodule(site.module)._parameters[site.parameter or "weight"]
+        if kind_of(own) is not None and not base.loading:
+            raise TargetError(f"fish needs the gradients of the weights, and {site.path} is quantised: it has none.")
         rows, columns = base.parameters(site)["weight"].shape
         count = max(round(self.share * rows * columns), 1)
         return entries(distinct(count, rows * columns, generator), columns)

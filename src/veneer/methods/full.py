@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
+from veneer.bases.quantized import kind_of
 from veneer.deltas import Delta, Replace
 from veneer.errors import TargetError
 from veneer.methods.base import BaseWeights, Lowering, Method, widened
@@ -42,8 +43,8 @@ class Full(Method):
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Copies of all parameters, by transformers' names."""
         own = base.parameters(site)
-        if odd := [name for name, value in own.items() if not value.is_floating_point()]:
-            raise TargetError(f"Full fine-tuning is not for a quantised base: {odd[0]} is {own[odd[0]].dtype}.")
+        if odd := next((name for name, value in own.items() if kind_of(value) is not None), None):
+            raise TargetError(f"Full fine-tuning is not for a quantised base, and {odd} is {kind_of(own[odd])}.")
         return {name: widened(value.detach()).clone() for name, value in own.items()}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
