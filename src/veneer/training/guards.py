@@ -5,6 +5,7 @@ All of it reads the trainer's own log history, which checkpoints keep: a resumed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from veneer.errors import TrainingError
 from veneer.tasks import Task
 from veneer.training.progress import console
 
+_STRETCH = 10
+"""Steps over which a loss must have run away: batches of one length, an epoch's shortest, may be odd in a row."""
 RUNAWAY, MARGIN = 3.0, 1.0
 """A loss has run away when it is above RUNAWAY times what it was at first, plus MARGIN: in training the higher of the
 first two logged, in validation that of the untrained adapter."""
@@ -103,9 +106,10 @@ class RunningAway(transformers.TrainerCallback):
             TrainingError: it has run away.
         """
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if "loss" in (logs or {}) and len(losses) >= 3:
-            what = f"on average in the steps up to {state.global_step}"
-            self._check(losses[-1], max(losses[:2]), what, args.learning_rate)
+        logs_each = math.ceil(_STRETCH / args.logging_steps)  # one odd batch is no runaway
+        if "loss" in (logs or {}) and len(losses) > 2 * logs_each:
+            what = f"at least, in the steps up to {state.global_step}"
+            self._check(min(losses[-logs_each:]), max(losses[: 2 * logs_each]), what, args.learning_rate)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare with the validation before the first step; where training goes well all the same, it is overfitting.
