@@ -168,7 +168,7 @@ def test_what_only_the_base_can_tell(
 ) -> None:
     spoil(copy)
     made = json.loads((copy / "veneer.json").read_text())
-    made.pop("trainable")
+    made.pop("numbers")
     (copy / "veneer.json").write_text(json.dumps(made))
     assert command("adapters", "verify", copy) == 0
     assert command("adapters", "verify", copy, "--base", tiny_folder) == 1

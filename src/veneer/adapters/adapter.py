@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -214,7 +214,7 @@ class Adapter(Trainable):
         for path, tensors in modules.items():
             for name in tensors:  # an adapter of the whole model has them already
                 self._drop(self._at_sites.get("", {}).pop(f"{path}.{name}", None))
-        self._in_full.update({path: self._own(path, tensors) for path, tensors in modules.items()})
+        self._in_full.update({path: self._own(path, tensors, ()) for path, tensors in modules.items()})
 
     @property
     def modules_in_full(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -319,15 +319,21 @@ class Adapter(Trainable):
             for name, key in keys.items()
         }
 
-    def _own(self, path: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def _own(self, path: str, tensors: Mapping[str, Tensor], fixed: Container[str] | None = None) -> dict[str, str]:
         """Register tensors under the names peft gives them: as parameters, or as buffers if they aren't trained.
 
         All in this one module, dots and all: a tree of modules as deep as the base's would be thousands of objects
         an adapter, and attaching the hundredth would wait for the garbage collector.
 
+        Args:
+            path: of the site.
+            tensors: by name.
+            fixed: names of those that aren't trained; by default what the method says.
+
         Returns:
             The keys, by the names given.
         """
+        fixed = self.method.fixed() if fixed is None else fixed
         keys: dict[str, str] = {}
         device = self.base.device
         for name, tensor in tensors.items():
@@ -335,7 +341,7 @@ class Adapter(Trainable):
             keys[name] = key
             tensor = tensor.to(device).contiguous()  # as from a file: a resumed run computes the same bits
             derived = name in self.method.derived()
-            if tensor.is_floating_point() and not derived and name not in self.method.fixed():
+            if tensor.is_floating_point() and not derived and name not in fixed:
                 self._parameters[key] = nn.Parameter(tensor)
                 continue
             self._buffers[key] = tensor

@@ -31,6 +31,8 @@ def converted(
     """
     base, heads = adapter.base, adapter.modules_in_full
     deltas = {path: delta for path, delta in adapter.lower(training=False).items() if path not in heads}
+    if not deltas:
+        raise AdapterError(f"{adapter.method.name} changes nothing of the base that could be written as {to.name}.")
     sites = {site.path: site for site in base.sites.everything if site.path in deltas}
     if odd := sorted(set(deltas) - set(sites)):
         where = odd[0] or "the whole model"

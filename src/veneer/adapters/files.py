@@ -203,6 +203,8 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
     state = {key: tensor for key, tensor in cls.read(state, config).items() if not key.endswith(own)}
     in_full = tuple(config.get("modules_to_save") or ())
     modules = _modules_in_full(state, in_full)
+    if record.get("method") and (lost := sorted(set(in_full) - set(modules))):
+        raise AdapterFileError(f"{path / WEIGHTS} lacks {', '.join(lost)}, which this adapter trained in full.")
     adapter = base.attach(
         _method(cls, config, record, base, [key for key in state if not _is_in_full(key, in_full)]),
         name or _name(path),
@@ -285,6 +287,7 @@ def _record(adapter: Adapter, hashes: Mapping[str, str]) -> dict[str, Any]:
         "method": {"name": adapter.method.name, **adapter.method.model_dump(mode="json")},
         "task": adapter.task,
         "trainable": adapter.trainable,
+        "numbers": sum(value.numel() for value in adapter.state_dict().values() if value.is_floating_point()),
         "training": adapter.record,
         "sha256": dict(hashes),
         "versions": _versions(),

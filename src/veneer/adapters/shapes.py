@@ -52,6 +52,7 @@ class Record(_Open):
     task: _Task = _Task()
     training: _Training = _Training()
     trainable: int = 0
+    numbers: int | None = None
     sha256: dict[str, str] = {}
 
 

@@ -94,8 +94,8 @@ def _weights(path: Path, record: dict[str, Any]) -> Check | str:
     state = read_weights(path / WEIGHTS, record.get("sha256", {}).get(WEIGHTS))
     numbers = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
     said = f"{len(state)} tensors, {numbers:,} numbers, all finite"
-    if record.get("trainable", numbers) != numbers:
-        return Check("weights", "error", f"{said}, but {RECORD} tells of {record['trainable']:,}")
+    if record.get("numbers", numbers) != numbers:
+        return Check("weights", "error", f"{said}, but {RECORD} tells of {record['numbers']:,}")
     return said
 
 

@@ -69,6 +69,8 @@ def generate_(
     on = loaded.base if loaded is not None else load_base(str(base), task=CausalLM.name)
     if on.tokenizer is None:
         raise ConfigError(f"{on.name} has no tokenizer; put the base's tokenizer files into its folder.")
+    if condition is not None and (loaded is None or not loaded.method.conditioned):
+        raise ConfigError("--condition is for adapters that learned several tasks (method conditional); leave it out.")
     task = adapter_task(loaded) if loaded is not None else CausalLM.for_rows(None, on)
     if task.name != CausalLM.name:
         raise ConfigError(f"{adapter} is an adapter for {task.name}, which generates no text; use `veneer predict`.")

@@ -28,12 +28,14 @@ def merge_(adapter: Path, output: Path, *, base_model: str | None = None) -> Non
     from veneer.cli.output import console
     from veneer.errors import OutputError
     from veneer.storage import new_folder
-    from veneer.tasks import load_adapter
+    from veneer.tasks import adapter_task, load_adapter
 
     if output.exists():
         raise OutputError(f"{output} exists already; give a new folder.")
     loaded = load_adapter(adapter, base=base_model)
     model = loaded.merged()
+    if loaded.task.get("name"):
+        adapter_task(loaded).name_outputs(model.config)
     with new_folder(output) as folder, quiet():
         write(model, loaded.base.tokenizer, folder)
     console.print(f"{adapter} merged into {loaded.base.name} → {output}")

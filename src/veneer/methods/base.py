@@ -179,8 +179,12 @@ class Method(BaseModel):
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
 
-    def for_tasks(self, names: Sequence[str]) -> Method:
-        """Itself, for data whose rows are of these tasks."""
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """Itself, for data whose rows are of these tasks; None if they say nothing of tasks.
+
+        Raises:
+            ConfigError: it can't do without, or knows other tasks.
+        """
         return self
 
     @property

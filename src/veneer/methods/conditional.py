@@ -28,7 +28,7 @@ from torch import Tensor
 
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Bottleneck, Delta
-from veneer.errors import AdapterError, TargetError, did_you_mean
+from veneer.errors import AdapterError, ConfigError, TargetError, did_you_mean
 from veneer.methods.base import BaseWeights, Lowering, Method
 from veneer.methods.houlsby import ACTIVATIONS, Houlsby
 
@@ -54,8 +54,19 @@ class Conditional(Houlsby):
     scale: float = Field(1.0, gt=0)
     """The factor s."""
 
-    def for_tasks(self, names: Sequence[str]) -> Method:
-        """With these tasks, unless it was given others."""
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """With these tasks, unless it was given its own.
+
+        Raises:
+            ConfigError: the rows say nothing of tasks, or of others than its own.
+        """
+        if names is None:
+            raise ConfigError(
+                "method conditional: the data have no `task` column, by which it is told the rows apart; add one, or "
+                "use houlsby, which is the same for a single task."
+            )
+        if self.tasks and (odd := sorted(set(names) - set(self.tasks))):
+            raise ConfigError(f"method.tasks: rows are of task {', '.join(odd)}, but it has {', '.join(self.tasks)}.")
         return self if self.tasks else self.model_copy(update={"tasks": tuple(names)})
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
 from veneer.methods.base import BaseWeights, Method
 from veneer.methods.mixture import Mixture
@@ -44,6 +44,13 @@ class Mix(Mixture):
 
     methods: tuple[Member, ...] = Field(min_length=1)
     """Which: names, or names with settings, e.g. [{name: lora, rank: 8}, bitfit]."""
+
+    @field_validator("methods")
+    @classmethod
+    def _by_themselves(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        if odd := next((method.name for method in methods if method.origins), None):
+            raise ValueError(f"{odd} starts from trained adapters and can't be a part of a mix")
+        return methods
 
     def members(self) -> Sequence[Method]:
         """Those given."""

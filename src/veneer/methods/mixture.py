@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.bases import SiteMap
 from veneer.deltas import Delta, Stack
+from veneer.errors import TargetError
 from veneer.methods.base import BaseWeights, Course, Lowering, Method, State, Survey, around_module
 
 _Values = Mapping[str, Mapping[str, Tensor]]
@@ -60,6 +61,8 @@ class Mixture(Method):
         found: dict[str, list[tuple[int, Any]]] = {}
         for index, method in enumerate(self.members()):
             for site in method.sites(sites):
+                if not site.path:
+                    raise TargetError(f"{method.name} trains the whole base; nothing can stand beside it in a mixture.")
                 found.setdefault(site.path, []).append((index, site))
         return [Junction(path, tuple(members)) for path, members in found.items()]
 

@@ -97,7 +97,8 @@ class TokenRows(Method):
         targets = config.get("target_modules") or ()
         names = [targets] if isinstance(targets, str) else list(targets)
         endings = tuple(f".{name}.{_ROWS}" for name in names)
-        return {key: value for key, value in state.items() if key.endswith(endings)} or state
+        found = any(key.endswith(endings) for key in state)
+        return {key: value for key, value in state.items() if not found or not _is_rows(key) or key.endswith(endings)}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -105,6 +106,10 @@ class TokenRows(Method):
         if not config.get("token_indices"):
             raise AdapterFileError("This adapter of trainable tokens names no tokens (token_indices).")
         return super().from_peft(config)
+
+
+def _is_rows(key: str) -> bool:
+    return key.endswith(f".{_ROWS}")
 
 
 def _id_of(text: str, tokenizer: Any) -> int:

@@ -122,6 +122,9 @@ class Task(BaseModel):
         """Initial values of the modules it trains in full, by path and parameter name; none by default."""
         return {}
 
+    def name_outputs(self, config: Any) -> None:
+        """Have the config of a model that holds this task's head say what its outputs are; nothing by default."""
+
     @abstractmethod
     def encode(self, row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
         """Model inputs of one row, at least one: dicts with ``input_ids`` (empty if nothing to learn is left after

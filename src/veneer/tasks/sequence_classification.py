@@ -109,6 +109,11 @@ class SequenceClassification(Task):
         names = (str(label) for label in rows["label"])
         return {index: name for index, name in enumerate(names) if name not in self.labels}
 
+    def name_outputs(self, config: Any) -> None:
+        """The labels, and how many."""
+        config.id2label = dict(enumerate(self.labels))
+        config.label2id = {label: index for index, label in enumerate(self.labels)}
+
     def collate(self, examples: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Pad on the right: ``input_ids``, ``attention_mask`` ``[rows, tokens]``; ``labels`` ``[rows]``."""
         ids = [{"input_ids": example["input_ids"]} for example in examples]

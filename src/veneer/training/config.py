@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -174,6 +175,9 @@ def read_config(
     return RunConfig.parse({**(defaults or {}), **values, **given})
 
 
+_SLICE = re.compile(r"-?\d*:(-?\d+)?")
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -192,6 +196,9 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {parent!r} is {inner!r}, which has no keys.")
         node[parent] = inner
         node = inner
+    if _SLICE.fullmatch(text):  # YAML takes -4: for a mapping, and 1:30 for ninety
+        node[leaf] = text
+        return
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:

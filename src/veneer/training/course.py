@@ -32,9 +32,9 @@ class Conduct(transformers.TrainerCallback):
         """Begin, or go on."""
         parameters = {site.path: self.adapter.parameters_at(site.path) for site in self.adapter.sites}
         self.course = self.adapter.method.course(parameters, state.max_steps)
-        if self.course is not None and self.resume is not None:
+        if self.course is not None and self.resume is not None and (state := self.course.state()):
             kept = load_file(self.resume / STATE)
-            for name, value in self.course.state().items():
+            for name, value in state.items():
                 value.copy_(kept[name])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

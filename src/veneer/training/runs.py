@@ -206,7 +206,7 @@ def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
     head = task.head(base, seed=config.train.seed)
-    method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else ())
+    method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else None)
     adapter = base.attach(method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
     task = _within_positions(task, adapter, chosen="max_length" in settings)
     adapter.task = task.describe()
