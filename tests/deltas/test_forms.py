@@ -12,7 +12,6 @@ from veneer.deltas import (
     Bottleneck,
     Delta,
     Fusion,
-    Gate,
     InputScale,
     KeyValues,
     Kron,
@@ -65,6 +64,10 @@ MERGING = {
     "low-rank, then magnitude": lambda s=0: Stack(
         [LowRank(rand(2, IN, seed=s), rand(OUT, 2, seed=s), 1.7), Scale(rand(OUT), bias=B)]
     ),
+    "low-rank, then rotation, then input scale": lambda s=0: Stack(
+        [LowRank(rand(2, IN, seed=s), rand(OUT, 2, seed=s), 1.7), rotation(s), InputScale(rand(IN, seed=s))]
+    ),
+    "scale, then sparse": lambda s=0: Stack([Scale(rand(OUT, seed=s)), sparse(s)]),
 }
 UP = {"up": rand(OUT, 3), "down": rand(3, OUT)}
 
@@ -107,11 +110,9 @@ def test_kron_is_the_kronecker_product_and_a_rotation_keeps_lengths() -> None:
     torch.testing.assert_close(rotation().before(X).norm(dim=-1), X.norm(dim=-1))
 
 
-def test_gate_and_fusion() -> None:
+def test_fusion() -> None:
     y = F.linear(X, W, B)
     one, two = bottleneck(), bottleneck(1)
-    torch.testing.assert_close(Gate(one, torch.tensor(0.0)).apply(X, y), y)
-    torch.testing.assert_close(Gate(one, torch.tensor(1.0)).apply(X, y), one.apply(X, y))
     zeros, eye = torch.zeros(OUT, OUT).double(), torch.eye(OUT).double()
     even = Fusion([one, two], zeros, torch.zeros(OUT).double(), zeros, torch.zeros(OUT).double(), eye)
     torch.testing.assert_close(even.apply(X, y), (one.apply(X, y) + two.apply(X, y)) / 2)
@@ -120,9 +121,6 @@ def test_gate_and_fusion() -> None:
     best = (z * sharp.query_bias).sum(-1).argmax(-1)
     chosen = y + z.gather(-2, best[..., None, None].expand(*best.shape, 1, OUT)).squeeze(-2)
     torch.testing.assert_close(sharp.apply(X, y), chosen)
-    for inner in (sparse(), rotation()):
-        with pytest.raises(AdapterError, match="Only what acts on an output can be gated"):
-            Gate(inner, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("delta", [bottleneck(), KeyValues(rand(2, 1, 4), rand(2, 1, 4))], ids=["bottleneck", "prefix"])

@@ -3,7 +3,7 @@
 from veneer.deltas.attention import KeyValues, Tokens
 from veneer.deltas.base import Delta
 from veneer.deltas.bottleneck import Bottleneck
-from veneer.deltas.composed import Fusion, Gate, Stack
+from veneer.deltas.composed import Fusion, Stack
 from veneer.deltas.flow import Among, Beside, Flow
 from veneer.deltas.gates import MeanGate, Opening
 from veneer.deltas.kron import Kron
@@ -15,6 +15,6 @@ from veneer.deltas.scale import Bias, InputScale, Scale
 
 __all__ = [
     "Among", "AtParameter", "Beside", "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Flow",
-    "Fusion", "Gate", "InputScale", "KeyValues", "Kron", "LowRank", "MeanGate", "OfWeight", "Opening", "Param",
+    "Fusion", "InputScale", "KeyValues", "Kron", "LowRank", "MeanGate", "OfWeight", "Opening", "Param",
     "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack", "Tokens",
 ]  # fmt: skip

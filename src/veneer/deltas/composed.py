@@ -1,7 +1,6 @@
 """Deltas made of deltas.
 
 Stack     δ_n(… δ_1(f)): around the module f each acts on what the ones before it left
-Gate      y ← y + g ⊙ (δ(x, y) − y)                      g scales what the delta changes (UniPELT, Mao et al. 2022)
 Fusion    y ← y + Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n + b_k, v_n = W_v z_n, z_n = δ_n(x, y) − y
           (AdapterFusion, Pfeiffer et al. 2021, §3; what the adapters add is fused, as in the authors' code)
 """
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from veneer.deltas.base import Delta
 from veneer.deltas.flow import Among
-from veneer.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,40 +87,6 @@ class Stack(Delta):
     def flops_per_token(self) -> int:
         """Of all."""
         return sum(delta.flops_per_token for delta in self.deltas)
-
-
-@dataclass(frozen=True, eq=False)
-class Gate(Delta):
-    """Scale what ``delta`` does to the output by ``g`` (any shape that broadcasts to it).
-
-    Raises:
-        AdapterError: the delta acts before the module or through its parameters, where there is no output to gate.
-    """
-
-    delta: Delta
-    g: Tensor
-
-    def __post_init__(self) -> None:
-        if self.delta.swaps or type(self.delta).before is not Delta.before:
-            raise AdapterError(f"Only what acts on an output can be gated, and {type(self.delta).__name__} does not.")
-
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gated change."""
-        return y + self.g.to(y.dtype) * (self.delta.apply(x, y) - y)
-
-    def for_rows(self, among: Among) -> Delta:
-        """The delta's rows."""
-        return Gate(self.delta.for_rows(among), self.g)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the delta and the gate."""
-        return self.delta.nbytes + self.g.nbytes
-
-    @property
-    def flops_per_token(self) -> int:
-        """Of the delta."""
-        return self.delta.flops_per_token
 
 
 @dataclass(frozen=True, eq=False)
