@@ -238,3 +238,9 @@ def test_boft_blocks_that_do_not_fit(tmp_path: Path) -> None:
         TargetError, match=r"With 3 butterfly factors no block_size from 2 to 8 fits 12, .*: block_size · 4"
     ):
         veneer.Base(torch.nn.ModuleDict({"m": torch.nn.Linear(12, 4)})).attach(method_class("boft")(factors=3), "a")
+
+
+def test_a_bank_larger_than_what_shares_it_is_refused() -> None:
+    base = veneer.Base(FAMILIES["llama"].model())
+    with pytest.raises(TargetError, match="entries that share it"):
+        base.attach(method_class("unilora")(rank=2, bank_size=10**7))

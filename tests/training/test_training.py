@@ -12,7 +12,7 @@ import transformers
 import veneer
 from helpers import sums, tiny_bert, tiny_llama
 from veneer.errors import ConfigError
-from veneer.methods import method_class
+from veneer.methods import Course, method_class
 
 IDS = torch.arange(40).view(8, 5) + 3
 
@@ -46,6 +46,22 @@ def test_it_learns(tiny_folder: Path, tmp_path: Path) -> None:
     assert log[0]["step"] == 0
     assert "eval_perplexity" in log[0]
     assert not adapter.training
+
+
+def test_a_penalty_is_told_apart_from_the_loss(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(Course):
+        def penalty(self) -> torch.Tensor:
+            return torch.tensor(100.0, requires_grad=True)
+
+    monkeypatch.setattr(veneer.LoRA, "course", lambda *_: Fixed())
+    more = {"batch_size": 4, "accumulation": 2, "log_every": 2, "samples": 0}
+    veneer.train(tiny(tiny_folder), sums(32), validation=0, output=tmp_path / "run", **more)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) > 3
+    assert all(entry["penalty"] == pytest.approx(100, rel=1e-5) and entry["loss"] < 20 for entry in steps)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "ia3", "houlsby", "bitfit", "shira", "oft", "lokr"])

@@ -2,7 +2,7 @@
 
     X ← [E; X]          E ∈ R^{l×d} learned, before the embedded input
 
-Trained and stored: l · d numbers, the fewest of all. Not mergeable, never an identity. It starts (§2.2) from
+Trained and stored: l · d numbers, a few thousand. Not mergeable, never an identity. It starts (§2.2) from
 
     vocabulary      embeddings of tokens drawn from the vocabulary (all of it; the paper's 5,000 commonest)
     class-labels    embeddings of the labels' words, the mean of their tokens, one a virtual token; the rest as above
@@ -39,7 +39,7 @@ class Prompt(VirtualTokens):
     """Learned embeddings before the input."""
 
     name: ClassVar[str] = "prompt"
-    summary: ClassVar[str] = "learned virtual tokens before the input; the fewest numbers"
+    summary: ClassVar[str] = "learned virtual tokens before the input; a few thousand numbers"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv:2104.08691"
     learning_rate: ClassVar[float] = 3e-2
     peft_type: ClassVar[str] = "PROMPT_TUNING"

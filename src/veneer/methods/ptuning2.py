@@ -2,8 +2,8 @@
 
     K ← [P_k; K],   V ← [P_v; V]        in every layer
 
-which is prefix tuning for encoders and for tasks of understanding: what is learned, run and stored is the same, without
-the reparametrising network, which the paper finds of use for some tasks only.
+which is prefix tuning for encoders and for tasks of understanding: what is learned, run and stored is the same. The
+reparametrising network is left out unless `mlp` asks for it; the paper finds it of use for some tasks only.
 
 Use it for classification and tagging over a frozen encoder that many share; longer prompts for harder tasks.
 """

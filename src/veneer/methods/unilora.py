@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, LowRank
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, TargetError
 from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
@@ -41,6 +41,7 @@ class UniLoRA(Targeted):
     """Low-rank updates whose entries all come from one vector."""
 
     name: ClassVar[str] = "unilora"
+    example: ClassVar[Mapping[str, Any]] = {"bank_size": 64}
     summary: ClassVar[str] = "all low-rank factors from one shared vector; as small as wanted"
     paper: ClassVar[str] = "Li et al. 2025, arXiv:2506.00799"
     learning_rate: ClassVar[float] = 5e-3
@@ -90,6 +91,8 @@ class UniLoRA(Targeted):
         """For A ``[r, in]`` and B ``[out, r]`` of each map where in the bank its entries stand, and 1/√c."""
         shapes = [((self.rank, site.in_features), (site.out_features, self.rank)) for site in sites]
         sizes = [rows * columns for pair in shapes for rows, columns in pair]
+        if self.bank_size > sum(sizes):
+            raise TargetError(f"bank_size={self.bank_size:,} is more than the {sum(sizes):,} entries that share it.")
         assigned = torch.from_numpy(assignment(sum(sizes), self.bank_size, self.seed)).to(torch.int32)
         scales = torch.bincount(assigned, minlength=self.bank_size).float().rsqrt()
         pieces = iter(assigned.split(sizes))

@@ -114,8 +114,9 @@ class Progress(transformers.TrainerCallback):
         done = state.global_step - self._first_step
         left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
         width = len(str(state.max_steps))
+        penalty = f"penalty {entry['penalty']:.4f}  " if "penalty" in entry else ""
         return (
-            f"step {state.global_step:>{width}}/{state.max_steps}  loss {entry['loss']:.4f}  "
+            f"step {state.global_step:>{width}}/{state.max_steps}  loss {entry['loss']:.4f}  {penalty}"
             f"lr {entry.get('learning_rate', 0):.1e}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"{duration(left)} left  {size(entry['peak_memory'])}"
         )

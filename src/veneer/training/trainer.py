@@ -66,6 +66,7 @@ class Trainer(transformers.Trainer):
         self.tokens_seen = 0
         self._rows_of_step: list[int] = []
         self.save_seconds = 0.0  # that the last checkpoint took
+        self._penalties: dict[int, list[float]] = {}  # of the steps since the last log
         super().__init__(
             model=adapter,
             args=arguments,
@@ -142,10 +143,20 @@ class Trainer(transformers.Trainer):
             raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
         loss = outcome.loss / (outcome.items if num_items_in_batch is None else num_items_in_batch)
         if self.model.training and self._conduct is not None and (more := self._conduct.penalty()) is not None:
-            loss = loss + more * outcome.items / (num_items_in_batch or outcome.items)
+            penalty = more * outcome.items / (num_items_in_batch or outcome.items)
+            self._penalties.setdefault(self.state.global_step, []).append(float(penalty.detach()))
+            loss = loss + penalty
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP averages gradients over processes; the divisor is global
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers'; but a method's penalty is told apart from the loss it was added to."""
+        if "loss" in logs and self._penalties:
+            penalty = sum(map(sum, self._penalties.values())) / len(self._penalties)
+            logs = {**logs, "loss": logs["loss"] - penalty, "penalty": penalty}
+            self._penalties = {}
+        super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As transformers'; but an update by a gradient that is no number is never made."""
