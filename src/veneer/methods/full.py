@@ -43,8 +43,9 @@ class Full(Method):
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Copies of all parameters, by transformers' names."""
         own = base.parameters(site)
-        if odd := next((name for name, value in own.items() if kind_of(value) is not None), None):
-            raise TargetError(f"Full fine-tuning is not for a quantised base, and {odd} is {kind_of(own[odd])}.")
+        kinds = {name: kind_of(value) or value.dtype for name, value in own.items()}
+        if odd := next((name for name, kind in kinds.items() if not getattr(kind, "is_floating_point", False)), None):
+            raise TargetError(f"Full fine-tuning is not for a quantised base: {odd} is {kinds[odd]}.")
         return {name: widened(value.detach()).clone() for name, value in own.items()}
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
