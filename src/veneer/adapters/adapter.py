@@ -90,7 +90,7 @@ class Adapter(Trainable):
             AdapterError: the method asks nothing.
         """
         if not self.method.conditioned:
-            raise AdapterError(f"{self.method.name} takes no condition; conditional does.")
+            raise AdapterError(f"{self.method.name} takes no condition: it does the same in every row.")
         before, self._condition = self._condition, condition
         try:
             yield

@@ -47,7 +47,7 @@ def generate_(
     seed
         Of the draw.
     condition
-        Which of its tasks the prompt is of, for an adapter that learned several (method conditional).
+        Which of its tasks the prompt is of, for an adapter that learned several.
     compare
         Show the plain base's answer, too.
     json
@@ -70,7 +70,7 @@ def generate_(
     if on.tokenizer is None:
         raise ConfigError(f"{on.name} has no tokenizer; put the base's tokenizer files into its folder.")
     if condition is not None and (loaded is None or not loaded.method.conditioned):
-        raise ConfigError("--condition is for adapters that learned several tasks (method conditional); leave it out.")
+        raise ConfigError("--condition is for adapters that learned several tasks, and this is none; leave it out.")
     task = adapter_task(loaded) if loaded is not None else CausalLM.for_rows(None, on)
     if task.name != CausalLM.name:
         raise ConfigError(f"{adapter} is an adapter for {task.name}, which generates no text; use `veneer predict`.")

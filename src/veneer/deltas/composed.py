@@ -7,6 +7,7 @@ Fusion    y ← y + Σ_n softmax_n(q·k_n) v_n,  q = W_q y + b_q, k_n = W_k z_n 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -61,7 +62,7 @@ class Stack(Delta):
         """The deltas, with those of stacks among them in their place."""
         return [each for delta in self.deltas for each in (delta.flat if isinstance(delta, Stack) else [delta])]
 
-    @property
+    @functools.cached_property
     def _inside_out(self) -> Sequence[Delta]:
         return sorted(self.flat, key=lambda delta: not delta.swaps)
 

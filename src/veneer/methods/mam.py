@@ -11,6 +11,7 @@ Use it for summaries and translation with an encoder-decoder, where the paper fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -43,5 +44,9 @@ class MAM(Mixture):
 
     def members(self) -> Sequence[Method]:
         """The two."""
-        prefix = Prefix(length=self.length, mlp=self.mlp, mlp_width=self.mlp_width)
-        return prefix, Parallel(bottleneck=self.bottleneck, scale=self.scale)
+        return _members(self.length, self.mlp, self.mlp_width, self.bottleneck, self.scale)
+
+
+@functools.cache  # asked for at every site in every step
+def _members(length: int, mlp: bool, mlp_width: int, bottleneck: int, scale: float) -> tuple[Method, ...]:
+    return Prefix(length=length, mlp=mlp, mlp_width=mlp_width), Parallel(bottleneck=bottleneck, scale=scale)

@@ -13,6 +13,7 @@ Use it where it isn't known which of the three suits and rows are few; it costs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -63,8 +64,7 @@ class UniPELT(Mixture):
 
     def members(self) -> Sequence[Method]:
         """The three."""
-        lora = LoRA(rank=self.rank, alpha=2 * self.rank, targets="attention")
-        return lora, Prefix(length=self.length), Pfeiffer(bottleneck=self.bottleneck)
+        return _members(self.rank, self.length, self.bottleneck)
 
     def sites(self, sites: SiteMap) -> Sequence[GatedJunction]:
         """Those of the three; LoRA on queries and values of attention within a sequence, or on maps that hold both.
@@ -117,6 +117,12 @@ class UniPELT(Mixture):
     def settled(self, *_: Any) -> None:
         """As it is: a mix has no gates."""
         return
+
+
+@functools.cache  # asked for at every site in every step
+def _members(rank: int, length: int, bottleneck: int) -> tuple[Method, ...]:
+    lora = LoRA(rank=rank, alpha=2 * rank, targets="attention")
+    return lora, Prefix(length=length), Pfeiffer(bottleneck=bottleneck)
 
 
 def _is_other_map(site: Any, sites: SiteMap) -> bool:
