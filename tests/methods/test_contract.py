@@ -16,9 +16,10 @@ from families import FAMILIES, IDS, Family, run
 
 import veneer
 from helpers import perturb
-from veneer.bases import Site
+from veneer.bases import Site, fast
 from veneer.bases.weights import stored, weight_of
 from veneer.errors import AdapterError, TargetError
+from veneer.kernels import attention as kernel
 from veneer.methods import methods
 
 ALWAYS = ("llama", "gpt2", "bert", "t5", "vit", "plain")
@@ -108,6 +109,37 @@ def test_identity_base_and_switching(name: str, family: Family) -> None:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+FORMS = {
+    "llama": {"norm", "gated", "attention"}, "mistral": {"norm", "gated", "attention"}, "gpt2": {"attention"},
+    "gemma": {"norm", "gated", "attention"}, "bert": {"attention"}, "t5": {"norm"}, "bart": {"attention"},
+    "vit": {"attention"}, "plain": set(),
+}  # fmt: skip
+"""Faster forms of some families' computing that are known to be used."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.slow) for f in FAMILIES])
+def test_faster_forms_compute_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients with and without what stands in `veneer.bases.fast`."""
+    used: set[str] = set()
+    for name, place in (("norm", "rms_norm"), ("gated", "gated")):
+        own = getattr(fast, place)
+        monkeypatch.setattr(fast, place, lambda *a, own=own, name=name, **k: used.add(name) or own(*a, **k))
+    own_attention = kernel.attention
+    monkeypatch.setattr(kernel, "attention", lambda *a: used.add("attention") or own_attention(*a))
+    adapter = attached("lora", FAMILIES[family])
+    adapter.eval()  # no dropout; gradients all the same
+    results = []
+    for forms in (adapter.base._execution.fast, None):
+        monkeypatch.setattr(adapter.base._execution, "fast", forms)
+        adapter.zero_grad()
+        output = run(adapter, FAMILIES[family].inputs)
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad for p in adapter.parameters() if p.grad is not None)])
+    assert used >= FORMS.get(family, set())
+    for ours, theirs in zip(*results, strict=True):
+        assert off(ours, theirs) < EXACT
 
 
 @pytest.mark.parametrize(("name", "family"), cells())

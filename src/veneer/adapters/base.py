@@ -20,6 +20,7 @@ from veneer.adapters.split import SplitHooks
 from veneer.adapters.virtual_tokens import TokenHooks
 from veneer.adapters.whole import Whole
 from veneer.bases import Pretrained
+from veneer.bases.fast import Fast
 from veneer.bases.weights import parameters_at
 from veneer.deltas import Flow
 from veneer.errors import AdapterError, TargetError, UnknownName, did_you_mean
@@ -284,6 +285,13 @@ class Base(Pretrained):
         adapter = self[name]
         return lambda flow: Plan.of(adapter.lower(flow, condition=condition))
 
+    def at_tokens(self, states: Tensor) -> Tensor:
+        """States ``[rows, positions, …]`` inside a forward at the input's own tokens, without those of virtual ones."""
+        places = self._execution.flow.places
+        if places is None:
+            return states
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
     def enable_checkpointing(self) -> None:
         """Recompute activations in backward instead of keeping them, with the plan the forward ran with.
 
@@ -357,6 +365,7 @@ class Base(Pretrained):
         self.model.requires_grad_(False)
         self.model.add_module(_BANK, Bank())
         self._execution.configs = self._configs()
+        self._execution.fast = Fast(self.model, self._execution.configs)
         # Generation calls the encoder of an encoder-decoder by itself.
         encoder, decoder = self._encoder_decoder()
         roots = {self.model, self.backbone, encoder, decoder, *self._towers()} - {None}

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters import prefixes
 from veneer.adapters.memory import Memory, carried, carry
 from veneer.adapters.plan import Plan
 from veneer.adapters.whole import Out, Whole
+from veneer.bases.fast import Fast
 from veneer.deltas import Flow
 
 Lower = Callable[[Flow], Plan]
@@ -43,6 +45,8 @@ class Execution:
     """All parameters of the model, to be swapped at once."""
     checkpointed: Sequence[Any] = ()
     """The modules that transformers may checkpoint."""
+    fast: Fast | None = None
+    """Faster forms of what the base computes, for when gradients are."""
     generating: int = 0
     flow: Flow = field(default_factory=Flow)
     """The forward that goes on; outside of one, what is known where modules are called by themselves."""
@@ -50,6 +54,7 @@ class Execution:
     _calls: list[nn.Module] = field(default_factory=list)
     _attention: list[tuple[Any, str]] = field(default_factory=list)
     _out: Out = field(default_factory=list)
+    _off: Callable[[], None] | None = None
     _lock: Any = field(default_factory=threading.RLock)
 
     @property
@@ -70,6 +75,8 @@ class Execution:
                 self._out = self.whole.swap_in(self._plan.whole)
             if self._plan.attention:
                 self._attention = prefixes.switch_on(self.configs)
+            if self.lower and self.fast is not None and torch.is_grad_enabled():
+                self._off = self.fast.on()
             if self.lower and module.training:
                 self._adopt_checkpoints()
 
@@ -82,6 +89,9 @@ class Execution:
             if isinstance(self.flow.memory, Memory) and output is not None:
                 carry(getattr(output, "past_key_values", None), self.flow.memory)
             Whole.swap_out(self._out)
+            if self._off is not None:
+                self._off()
+                self._off = None
             self._plan, self.flow = None, Flow()
             prefixes.switch_off(self._attention)
             self._attention = []
@@ -135,12 +145,15 @@ class Execution:
     def _again(self, plan: Plan, flow: Flow) -> Iterator[None]:
         before, self.flow = self.flow, flow
         switched = prefixes.switch_on(self.configs) if plan.attention else []
+        off = self.fast.on() if self.fast is not None else None
         out = self.whole.swap_in(plan.whole) if plan.whole is not None and self.whole is not None else []
         try:
             with self.part(plan):
                 yield
         finally:
             Whole.swap_out(out)
+            if off is not None:
+                off()
             prefixes.switch_off(switched)
             self.flow = before
 

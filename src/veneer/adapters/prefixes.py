@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases.families import stack_of
+from veneer.bases.fast import SDPA, sdpa
 from veneer.deltas import KeyValues
 from veneer.deltas.attention import padded
 from veneer.errors import AdapterError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from veneer.adapters.execution import Execution
 
 _PREFIXED = "veneer_prefix_"
-_WRAPPED = ("sdpa", "eager")
+_WRAPPED = (SDPA, "eager")
 
 
 class AttentionHooks:
@@ -208,6 +209,8 @@ def _plain(module: nn.Module, name: str) -> Callable[..., Any]:
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if name == SDPA:
+        return sdpa
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
 

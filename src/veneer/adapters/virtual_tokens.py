@@ -69,6 +69,7 @@ class TokenHooks:
         given["attention_mask"] = self.execution.flow.mask = Layout.of(mask, rows, left=left).placed(mask, 1, 0)
         if seen == 0:
             self._layout = layout = Layout.of(mask, rows, ids, left=left)
+            self.execution.flow.places = layout.places
             self._embeddings = torch.cat([row.embeddings for row in rows if row is not None])
             given["input_ids"] = layout.placed(ids, _not_padding(reader), int(ids[0, 0]))
             for name, fill, pad in (("labels", _IGNORED, _IGNORED), ("token_type_ids", None, 0)):

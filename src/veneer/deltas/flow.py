@@ -33,6 +33,7 @@ class Flow:
         mask: which positions of the input are real, ``[rows, positions]``; None for all.
         decoder_mask: the same of a decoder's, where there is an encoder, too.
         memory: of what gates let through in earlier steps of a generation.
+        places: where the input's tokens stand among virtual ones, ``[rows, tokens]``; None without such.
     """
 
     rows: int | None = None
@@ -41,6 +42,7 @@ class Flow:
     memory: Remembers | None = None
     wanted: set[str] = field(default_factory=set)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
 
     def record(self, path: str, x: Tensor) -> None:
         """Keep a module's input, if anyone wants it."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.deltas.base import Delta
+from veneer.kernels.low_rank import add_low_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,7 @@ class LowRank(Delta):
         """Add the change. The products run in the dtype of ``y``; A and B may be kept in a wider one."""
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        # The scale goes onto [.., r], which is far smaller than [.., out].
-        return y + self._expand(self._project(x, y.dtype) * self.scale)
+        return add_low_rank(x, y, self.A, self.B, self.scale)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W + s B A}``."""
@@ -62,12 +62,6 @@ class LowRank(Delta):
     def flops_per_token(self) -> int:
         """``2 r (in + out)``."""
         return 2 * (self.A.numel() + self.B.numel())
-
-    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.linear(x, self.A.to(dtype))
-
-    def _expand(self, inner: Tensor) -> Tensor:
-        return F.linear(inner, self.B.to(inner.dtype))
 
     def _product(self, weight: Tensor) -> Tensor:
         """B A, in the shape of the weight."""
@@ -92,8 +86,10 @@ class LowRankRows(Delta):
 class EmbeddingLowRank(LowRank):
     """`LowRank` of an embedding: A ``[r, vocabulary]``, B ``[width, r]``; x are ids."""
 
-    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(x, self.A.mT.to(dtype))
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the change."""
+        inner = F.embedding(x, self.A.mT.to(y.dtype)) * self.scale
+        return y + F.linear(inner, self.B.to(y.dtype))
 
     def _product(self, weight: Tensor) -> Tensor:
         return (self.B @ self.A).mT
@@ -109,11 +105,12 @@ class ConvLowRank(LowRank):
 
     convolve: Any = field(default=None)
 
-    def _project(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.convolve(x, self.A.to(dtype))
-
-    def _expand(self, inner: Tensor) -> Tensor:
-        return torch.einsum("or,nr...->no...", self.B.flatten(1).to(inner.dtype), inner)
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the change."""
+        if self.dropout:
+            x = F.dropout(x, self.dropout)
+        inner = self.convolve(x, self.A.to(y.dtype)) * self.scale
+        return y + torch.einsum("or,nr...->no...", self.B.flatten(1).to(y.dtype), inner)
 
     def _product(self, weight: Tensor) -> Tensor:
         return (self.B.flatten(1) @ self.A.flatten(1)).view_as(weight)

@@ -10,7 +10,7 @@ generation, where the prompt stands alone.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import json
 import math
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from veneer.adapters import Adapter, Base
+from veneer.adapters import Base
 from veneer.data import Format
 from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Scores, Task
 from veneer.tasks.chat import Segment, chat_segments, content_of, messages_of
 from veneer.tasks.conditions import conditioned
+from veneer.tasks.output_head import acted_on, loss_at, only_at, output_projection, taking_hidden
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,13 +139,14 @@ class CausalLM(Task):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def outcome(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outcome:
-        """Cross-entropy at the labelled tokens; logits are computed nowhere else."""
-        targets = _next_tokens(batch)
-        labelled = targets != IGNORED
-        with _head_only_at(model, labelled):
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        logits = output.logits if output.logits.dim() == 2 else output.logits[labelled]
-        targets = targets[labelled]
+        """Cross-entropy at the labelled tokens; logits are computed nowhere else, and where possible never at once."""
+        labelled, targets = _labelled(batch)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        run = functools.partial(model, **inputs)
+        if (found := loss_at(model, run, labelled, targets)) is not None:
+            return Outcome(found[0], labelled.sum(), found[1])
+        with only_at(model, labelled):
+            logits = run().logits
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         correct = (logits.detach().argmax(-1) == targets).sum()
         return Outcome(loss, labelled.sum(), correct)
@@ -152,22 +154,20 @@ class CausalLM(Task):
     def scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
         """From the hidden states at the labelled tokens, by the model's output projection; from all logits there where
         the model does more to them than that, or an adapter has a projection of its own."""
-        targets = _next_tokens(batch)
-        labelled = targets != IGNORED
+        labelled, targets = _labelled(batch)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        head = _head_of(model)
-        if head is not None:
-            with _taking_hidden(head, labelled) as taken:
+        head = output_projection(model)
+        if head is not None and not acted_on(head, model):
+            with taking_hidden(head, model, labelled) as taken:
                 first = model(**inputs).logits
             if taken:
                 with torch.no_grad():
                     alone = head(taken[0][:1])
                 if torch.equal(alone.float(), first.float()):
-                    return Scores(taken[0], head, first.shape[-1], targets[labelled])
-        with _head_only_at(model, labelled):
+                    return Scores(taken[0], head, first.shape[-1], targets)
+        with only_at(model, labelled):
             logits = model(**inputs).logits
-        logits = logits if logits.dim() == 2 else logits[labelled]
-        return Scores(logits, lambda part: part, logits.shape[-1], targets[labelled])
+        return Scores(logits, lambda part: part, logits.shape[-1], targets)
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:
         """Perplexity, and the share of tokens that would have been chosen."""
@@ -326,61 +326,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], tokenizer: Any, device: torch
     }
 
 
-def _next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """The token to be predicted at each position, ``[rows, tokens]``."""
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-
-
-def _output_projection(model: nn.Module) -> nn.Module | None:
-    inner = getattr(model, "module", model)  # DDP wraps
-    inner = inner.base.model if isinstance(inner, Adapter) else inner
-    return getattr(inner, "get_output_embeddings", lambda: None)()
-
-
-def _head_of(model: nn.Module) -> nn.Module | None:
-    """The output projection, if it computes by itself what it does in the model: no adapter acts there."""
-    head, inner = _output_projection(model), getattr(model, "module", model)
-    if not isinstance(inner, Adapter):
-        return head
-    return None if any(inner.base.model.get_submodule(path) is head for path in inner.places) else head
-
-
-@contextlib.contextmanager
-def _taking_hidden(head: nn.Module, positions: Tensor) -> Iterator[list[Tensor]]:
-    """Take what goes into the output projection at these positions, ``[n, width]``; the projection gets the first."""
-    taken: list[Tensor] = []
-
-    def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if args[0].shape[:2] != positions.shape:  # virtual tokens are among them
-            return args
-        taken.append(args[0][positions])
-        return (taken[0][:1], *args[1:])
-
-    handle = head.register_forward_pre_hook(take, prepend=True)
-    try:
-        yield taken
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _head_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Hand the output projection only the given positions (``[rows, tokens]``, bool); logits come out ``[n, V]``.
-
-    Memory and time of the vocabulary's product then follow the labelled tokens, not all tokens.
-    """
-    head = _output_projection(model)
-    if head is None:
-        yield
-        return
-
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if args[0].shape[:2] != positions.shape:  # virtual tokens are among them; their logits are dropped later
-            return args
-        return (args[0][positions], *args[1:])
-
-    handle = head.register_forward_pre_hook(select, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _labelled(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where the next token is to be predicted, ``[rows, tokens]``, and these tokens, ``[n]``."""
+    following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    labelled = following != IGNORED
+    return labelled, following[labelled]

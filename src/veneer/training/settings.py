@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 switches it off."""
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     """Any of transformers' optimisers."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

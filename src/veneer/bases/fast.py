@@ -1,0 +1,157 @@
+"""Exact faster forms of what a base computes in training, in the places of its own for the time of a forward.
+
+    attention       backward by plain batched products            `veneer.kernels.attention`
+    RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
+    gated layers    the gate's activation computed again           `veneer.kernels.gated`
+
+A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers.
+Nothing of it stays: the modules' own methods are back when the forward is over.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.kernels import attention as kernel
+from veneer.kernels.gated import gated
+from veneer.kernels.precision import wider
+from veneer.kernels.rms_norm import rms_norm
+
+SDPA = "sdpa"
+FAST_SDPA = "veneer_sdpa"
+Forward = Callable[..., Any]
+
+
+class Fast:
+    """The faster forms of one model's modules.
+
+    Args:
+        model: the base.
+        configs: its configs, which name the attention function.
+    """
+
+    def __init__(self, model: nn.Module, configs: Sequence[Any]) -> None:
+        self.model = model
+        self.configs = configs
+
+    @functools.cached_property
+    def forwards(self) -> list[tuple[nn.Module, Forward]]:
+        """Modules that have a faster form, and that."""
+        return list(_recognised(self.model))
+
+    def on(self) -> Callable[[], None]:
+        """Put the faster forms in; what to call to have the modules' own again."""
+        _register()
+        modules = [(module, forward) for module, forward in self.forwards if "forward" not in module.__dict__]
+        configs = [config for config in self.configs if config._attn_implementation == SDPA]
+        for module, forward in modules:
+            module.__dict__["forward"] = forward
+        for config in configs:
+            config._attn_implementation_internal = FAST_SDPA
+
+        def off() -> None:
+            for module, _ in modules:
+                module.__dict__.pop("forward", None)
+            for config in configs:
+                config._attn_implementation_internal = SDPA
+
+        return off
+
+
+def sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' function of that name, faster in training where `veneer.kernels.attention` suits."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    if usual and kernel.suits(query, key, value, attention_mask, causal):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return kernel.attention(query, key, value, attention_mask, causal, scale).transpose(1, 2).contiguous(), None
+    result: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return result
+
+
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if FAST_SDPA not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(FAST_SDPA, sdpa)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(FAST_SDPA, ALL_MASK_ATTENTION_FUNCTIONS[SDPA])
+
+
+def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    """Each class is tried once with each way it could be built."""
+    tried: dict[tuple[Any, ...], bool] = {}
+    for module in model.modules():
+        for forward, key in (*_as_norm(module), *_as_gated(module)):
+            found = (type(module), key)
+            if found not in tried:
+                tried[found] = _same(module, forward)
+            if tried[found]:
+                yield module, functools.partial(forward, module)
+                break
+
+
+def _as_norm(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
+    """What it would be as an RMS norm."""
+    weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    alone = len(module._parameters) == 1 and not module._modules
+    if weight is not None and weight.dim() == 1 and alone and isinstance(eps, float):
+        for more, rounded in itertools.product((0, 1), (True, False)):
+            yield functools.partial(_norm, eps, more, rounded), (weight.dtype, more, rounded)
+
+
+def _norm(eps: float, more: int, rounded: bool, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    weight = module.weight
+    if args or kwargs or weight.requires_grad or not x.requires_grad:
+        return type(module).forward(module, x, *args, **kwargs)
+    return rms_norm(x, weight.to(wider(weight.dtype)) + more if more else weight, eps, rounded=rounded)
+
+
+def _as_gated(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
+    """What it would be as a gated feed-forward layer."""
+    act = getattr(module, "act_fn", None)
+    parts = set(module._modules) - {"act_fn"}
+    plain = not isinstance(act, nn.Identity) and not any(True for _ in getattr(act, "parameters", tuple)())
+    if parts == {"gate_proj", "up_proj", "down_proj"} and callable(act) and plain:
+        yield _gated_layer, type(act)
+
+
+def _gated_layer(module: Any, x: Tensor) -> Any:
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
+
+
+def _same(module: nn.Module, forward: Forward) -> bool:
+    """Whether it computes what the module does, on a few numbers."""
+    parameter = next(module.parameters())
+    width = getattr(getattr(module, "gate_proj", None), "in_features", parameter.shape[-1])
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    x = torch.linspace(-3, 3, 2 * width, device=parameter.device).cos().view(2, width).to(dtype)
+    if not module._modules:  # any weight will do, and ones or zeros would tell less
+        module = copy.copy(module)
+        module._parameters = {"weight": nn.Parameter(x[1].sin(), requires_grad=False)}
+    try:
+        return torch.equal(type(module).forward(module, x), forward(module, x.clone().requires_grad_()))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False

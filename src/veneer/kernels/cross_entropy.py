@@ -1,0 +1,103 @@
+"""Cross-entropy over a large vocabulary, chunk by chunk, with its gradient computed in the forward.
+
+    z = h Wᵀ + b,   loss = Σ_i log Σ_v exp z_iv − z_{i,t_i},   ∂loss/∂z = softmax(z) − onehot(t)
+
+Logits live for one chunk of positions only: memory does not grow with their number times the vocabulary. What the
+backward needs is ``∂loss/∂h`` alone (``∂loss/∂W``, ``∂loss/∂b`` where these are trained), which is of the size of h.
+(The trick of doing the backward's work in the forward: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, §3.2.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.kernels.precision import wider
+
+_PRODUCT = 12_500_000
+"""Logits in a chunk: enough for products to run at full speed."""
+_CACHED = 1_600_000
+"""Logits that are worked on at a time: few enough for caches."""
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of all positions, and at how many the target has the greatest logit.
+
+    Args:
+        hidden: ``[n, d]``.
+        weight: ``[vocabulary, d]``.
+        bias: ``[vocabulary]``.
+        targets: ``[n]``, int64; none is to be ignored.
+
+    Returns:
+        The sum, a float32 scalar with a gradient (float64 for float64 inputs), and the count, without one. Logits are
+        rounded to the dtype of ``hidden``, everything after them is computed in at least float32.
+    """
+    learned = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
+    if not torch.is_grad_enabled():
+        learned = [False, False, False]
+    result: tuple[Tensor, Tensor] = _CrossEntropySum.apply(hidden, weight, bias, targets, learned)
+    return result
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many targets are the first of the greatest logits; only where they are among the greatest is it looked up."""
+    candidates = (logits.gather(1, targets[:, None]) == logits.amax(1, keepdim=True)).flatten()
+    return (logits[candidates].argmax(1) == targets[candidates]).sum()
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learned: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        wide = wider(hidden.dtype)
+        loss, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
+        d_hidden = torch.empty_like(hidden) if learned[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if learned[1] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if learned[2] else None
+        rows = min(max(_PRODUCT // len(weight), 16), len(hidden))
+        few = min(max(_CACHED // len(weight), 1), rows)
+        # Written to again and again: fresh memory of this size costs more than what is computed in it.
+        room, work = hidden.new_empty(rows, len(weight)), hidden.new_empty(few, len(weight), dtype=wide)
+        for place in range(0, len(hidden), rows):
+            h, t = hidden[place : place + rows], targets[place : place + rows]
+            logits = torch.mm(h, weight.t(), out=room[: len(h)])
+            if bias is not None:
+                logits += bias
+            correct += _hits(logits, t)
+            for each, own in zip(logits.split(few), t.split(few), strict=True):
+                loss += _loss(each, own, work[: len(own)], gradient=any(learned))
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[place : place + rows])
+            if d_weight is not None:
+                d_weight += logits.t() @ h
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=wide)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss: Tensor, correct: Tensor) -> Any:
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if each is None else (each * loss).to(dtype) for each, dtype in saved), None, None)
+
+
+def _loss(logits: Tensor, targets: Tensor, work: Tensor, *, gradient: bool) -> Tensor:
+    """Sum of the cross-entropies; with ``gradient``, that of the logits in their place. ``work`` is of their shape."""
+    work.copy_(logits)
+    work -= work.amax(1, keepdim=True)
+    own = (torch.arange(len(targets), device=targets.device), targets)
+    loss = -work[own].sum()
+    total = work.exp_().sum(1, keepdim=True)
+    if gradient:
+        work /= total
+        work[own] -= 1
+        logits.copy_(work)
+    return loss + total.log().sum()

@@ -1,0 +1,49 @@
+"""Root-mean-square norm with a backward of its own.
+
+    x̂ = x · ρ,  ρ = (mean x² + ε)^−½,   y = w ⊙ x̂,       dx = ρ (w ⊙ dy − x̂ · mean(w ⊙ dy ⊙ x̂))
+
+(Zhang & Sennrich 2019, arXiv:1910.07467, §4.) Computed in at least float32, as models do; kept for the backward are x,
+in its own dtype, and ρ, one number a position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from veneer.kernels.precision import wider
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rounded: bool) -> Tensor:
+    """``weight ⊙ x / √(mean x² + eps)`` over the last axis of x, in its dtype.
+
+    Args:
+        x: ``[…, d]``.
+        weight: ``[d]``; gets no gradient.
+        eps: ε.
+        rounded: round x̂ to the dtype before it is weighted, as most models do, rather than after.
+    """
+    result: Tensor = _RMSNorm.apply(x, weight, eps, rounded)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded: bool) -> Tensor:
+        wide = x.to(wider(x.dtype))
+        rho = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rho)
+        normed = wide * rho  # operands of one dtype: mixed ones are far slower
+        return normed.to(x.dtype).mul_(weight) if rounded else normed.mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, rho = ctx.saved_tensors
+        dy = gradient.to(rho.dtype) * weight.to(rho.dtype)
+        normed = x.to(rho.dtype) * rho
+        mean = (dy * normed).mean(-1, keepdim=True)
+        return dy.sub_(normed.mul_(mean)).mul_(rho).to(x.dtype), None, None, None
