@@ -36,7 +36,8 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.fused_spike
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.rows
 
 clean:

@@ -49,8 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {},
     "vera": {},
 }
-SETTINGS: dict[str, Any] = {"batch_size": 4, "log_every": 1, "samples": 0}
-STEPS, LENGTH, HELD_OUT = 300, 64, 200
+SETTINGS: dict[str, Any] = {"batch_size": 2, "log_every": 1, "samples": 0}
+STEPS, LENGTH, HELD_OUT = 300, 48, 200
 FULL, LORA = "full", "lora"
 FULL_RATE = 5e-5
 """Of full fine-tuning; LoRA's is ten times that, which is its default."""

@@ -22,6 +22,7 @@ from veneer.deltas import (
     Rotate,
     Rows,
     Scale,
+    ScaledLowRank,
     Sparse,
     Stack,
 )  # fmt: skip
@@ -50,6 +51,9 @@ def sparse(seed: int = 0) -> Sparse:
 
 MERGING = {
     "low-rank": lambda s=0: LowRank(rand(2, IN, seed=s), rand(OUT, 2, seed=s), 1.7),
+    "scaled-low-rank": lambda s=0: ScaledLowRank(
+        rand(2, IN, seed=s), rand(OUT, 2, seed=s), rand(2, seed=s), rand(OUT, seed=s)
+    ),
     "scale": lambda s=0: Scale(rand(OUT, seed=s)),
     "scale without bias": lambda s=0: Scale(rand(OUT, seed=s), bias=B),
     "input scale": lambda s=0: InputScale(rand(IN, seed=s)),

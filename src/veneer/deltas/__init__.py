@@ -7,7 +7,7 @@ from veneer.deltas.composed import Fusion, Stack
 from veneer.deltas.flow import Among, Beside, Flow
 from veneer.deltas.gates import MeanGate, Opening
 from veneer.deltas.kron import Kron
-from veneer.deltas.low_rank import ConvLowRank, EmbeddingLowRank, LowRank
+from veneer.deltas.low_rank import ConvLowRank, EmbeddingLowRank, LowRank, ScaledLowRank
 from veneer.deltas.of_weight import AtParameter, OfWeight, Param, Replace, Sparse
 from veneer.deltas.rotate import Rotate
 from veneer.deltas.rows import Rows
@@ -16,5 +16,5 @@ from veneer.deltas.scale import Bias, InputScale, Scale
 __all__ = [
     "Among", "AtParameter", "Beside", "Bias", "Bottleneck", "ConvLowRank", "Delta", "EmbeddingLowRank", "Flow",
     "Fusion", "InputScale", "KeyValues", "Kron", "LowRank", "MeanGate", "OfWeight", "Opening", "Param",
-    "Replace", "Rotate", "Rows", "Scale", "Sparse", "Stack", "Tokens",
+    "Replace", "Rotate", "Rows", "Scale", "ScaledLowRank", "Sparse", "Stack", "Tokens",
 ]  # fmt: skip

@@ -69,6 +69,47 @@ class LowRank(Delta):
 
 
 @dataclass(frozen=True, eq=False)
+class ScaledLowRank(Delta):
+    """``y += (((x Aᵀ) ⊙ d) Bᵀ) ⊙ b``: what `folded` does, where only d and b are learned and A and B are not.
+
+    Args:
+        A: ``[r, in]``.
+        B: ``[out, r]``.
+        d: ``[r]``.
+        b: ``[out]``.
+    """
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    b: Tensor
+
+    @property
+    def folded(self) -> LowRank:
+        """The scales in the factors."""
+        return LowRank(self.d[:, None] * self.A, self.b[:, None] * self.B, 1.0)
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the change, without the products that gradients of the factors would take."""
+        a, b, d, outer = (each.to(y.dtype) for each in (self.A, self.B, self.d, self.b))
+        return torch.addcmul(y, F.linear(F.linear(x, a) * d, b), outer)
+
+    def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `folded`."""
+        return self.folded.changed(parameters)
+
+    @classmethod
+    def mixed(cls, deltas: Sequence[Self], which: Tensor) -> Delta | None:
+        """As `LowRank`'s."""
+        return LowRank.mixed([delta.folded for delta in deltas], which)
+
+    @property
+    def flops_per_token(self) -> int:
+        """``2 r (in + out)``, and the scales."""
+        return 2 * (self.A.numel() + self.B.numel()) + len(self.d) + len(self.b)
+
+
+@dataclass(frozen=True, eq=False)
 class LowRankRows(Delta):
     """``LowRank`` with factors of their own for each row: A ``[rows, r, in]``, B ``[rows, out, r]``, scale in B."""
 

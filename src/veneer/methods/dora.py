@@ -54,10 +54,10 @@ class DoRA(LoRA):
         own, a, b = step.parameters(site), parameters["lora_A.weight"], parameters["lora_B.weight"]
         scale = self.scale_at(site)
         with torch.no_grad():
-            weight = own["weight"].to(a.dtype)
-            cross = ((weight @ a.mT) * b).sum(1)
+            weight = own["weight"]
+            cross = ((weight @ a.mT.to(weight.dtype)) * b).sum(1)  # a small part of the norm: its own dtype will do
             update = ((b @ (a @ a.mT)) * b).sum(1)
-            norms = (_square_norms(own["weight"]) + 2 * scale * cross + scale**2 * update).sqrt()
+            norms = (_square_norms(weight) + 2 * scale * cross + scale**2 * update).sqrt()
         return Stack((LowRank(a, b, scale), Scale(parameters[_MAGNITUDE] / norms, own.get("bias", torch.zeros(())))))
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
@@ -77,4 +77,5 @@ class DoRA(LoRA):
 
 def _square_norms(weight: Tensor) -> Tensor:
     """``[out]``, summed in at least float32."""
-    return weight.square().sum(1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()

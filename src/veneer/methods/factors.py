@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.deltas import Delta, LowRank
+from veneer.deltas import Delta, LowRank, ScaledLowRank
 from veneer.errors import AdapterError
 
 
@@ -40,6 +40,8 @@ def factors_of(delta: Delta, parameters: Mapping[str, Tensor], rank: int | None)
     Raises:
         AdapterError: it changes more than the weight, or is not of low rank though it has to be.
     """
+    if isinstance(delta, ScaledLowRank):
+        delta = delta.folded
     if type(delta) is LowRank and (rank is None or len(delta.A) <= rank):
         return Factors(delta.A.detach().clone(), (delta.B * delta.scale).detach())
     with torch.no_grad():

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from veneer.bases import Site, SiteMap
-from veneer.deltas import Delta, LowRank
+from veneer.deltas import Delta, ScaledLowRank
 from veneer.errors import AdapterFileError
 from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
@@ -80,9 +80,9 @@ class VeRA(Targeted):
         }
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
-        """A low-rank delta with the scaled corners."""
+        """A low-rank delta of the corners, scaled."""
         a, b = parameters[_A][:, : site.in_features], parameters[_B][: site.out_features]
-        return LowRank(parameters["vera_lambda_d"][:, None] * a, parameters["vera_lambda_b"][:, None] * b, 1.0)
+        return ScaledLowRank(a, b, parameters["vera_lambda_d"], parameters["vera_lambda_b"])
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """With what is fixed here."""
