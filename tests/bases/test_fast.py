@@ -151,3 +151,13 @@ def test_a_forward_put_there_by_somebody_else_is_kept(model: nn.Module) -> None:
     adapter(input_ids=torch.arange(6)[None] + 3).logits.sum().backward()
     assert calls == [1]
     assert "forward" in vars(layer)
+
+
+def test_trying_what_a_module_computes_calls_nobodys_hooks(model: nn.Module) -> None:
+    base = veneer.Base(model)
+    adapter = base.attach(veneer.LoRA(), "a").train()
+    calls: list[int] = []
+    for projection in ("gate_proj", "down_proj"):
+        getattr(model.model.layers[0].mlp, projection).register_forward_hook(lambda *_: calls.append(1))
+    adapter(input_ids=torch.arange(6)[None] + 3)
+    assert calls == [1, 1]

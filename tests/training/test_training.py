@@ -91,7 +91,7 @@ def test_batches_and_accumulation_are_the_same_step(tiny_folder: Path) -> None:
 
 def test_the_best_weights_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
     adapter = tiny(tiny_folder)
-    options = {"epochs": 8, "learning_rate": 0.05, "schedule": "constant", "samples": 0}
+    options = {"epochs": 8, "learning_rate": 0.02, "schedule": "constant", "samples": 0}
     result = veneer.train(adapter, sums(16), validation=OTHER, output=tmp_path / "run", **options)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"]}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,15 +144,29 @@ def _gated_layer(module: Any, x: Tensor) -> Any:
 
 
 def _same(module: nn.Module, forward: Forward) -> bool:
-    """Whether it computes what the module does, on a few numbers."""
+    """Whether it computes what the module does, on a few numbers; without anybody's hooks."""
     parameter = next(module.parameters())
     width = getattr(getattr(module, "gate_proj", None), "in_features", parameter.shape[-1])
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     x = torch.linspace(-3, 3, 2 * width, device=parameter.device).cos().view(2, width).to(dtype)
+    module = _bare(module)
     if not module._modules:  # any weight will do, and ones or zeros would tell less
-        module = copy.copy(module)
         module._parameters = {"weight": nn.Parameter(x[1].sin(), requires_grad=False)}
     try:
         return torch.equal(type(module).forward(module, x), forward(module, x.clone().requires_grad_()))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A copy without hooks, which has the parameters of the module."""
+    bare = copy.copy(module)
+    for name in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(bare, name, OrderedDict())
+    bare._modules = {name: child and _bare(child) for name, child in module._modules.items()}
+    return bare

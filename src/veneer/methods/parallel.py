@@ -33,6 +33,7 @@ class Parallel(Pfeiffer):
     name: ClassVar[str] = "parallel"
     summary: ClassVar[str] = "bottleneck adapters beside the feed-forward, reading its input"
     paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
+    learning_rate: ClassVar[float] = 3e-4
     peft_type: ClassVar[str] = "VENEER_PARALLEL"
 
     bottleneck: int | None = Field(512, ge=1)

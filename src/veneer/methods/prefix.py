@@ -96,7 +96,7 @@ class Prefix(Method):
 
     def rate(self, name: str) -> float:
         """A network wants a lower one."""
-        return 0.1 if self.mlp else 1.0
+        return 0.01 if self.mlp else 1.0
 
     def lower(self, site: AttentionSite, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """Its two slots of the table, keys first."""

@@ -91,8 +91,8 @@ class PTuning(VirtualTokens):
         return values
 
     def rate(self, name: str) -> float:
-        """The virtual tokens themselves want a higher one."""
-        return 3.0 if name == TABLE else 1.0
+        """The virtual tokens themselves want a higher one than a head does, the network a lower one."""
+        return 3.0 if name == TABLE else 0.1
 
     def lower(self, site: Site, parameters: Mapping[str, Tensor], step: Lowering) -> Delta:
         """The embeddings, as the network makes them."""
