@@ -43,10 +43,9 @@ class Family:
         """The same weights every time; biases and norms are not left at their initial zeros and ones."""
         torch.manual_seed(0)
         model = self.make().to(dtype).eval()
-        for module in model.modules():
-            if dtype == torch.float64 and type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")):
-                if type(module).forward is not exact_norm:
-                    OWN_NORMS[type(module)], type(module).forward = type(module).forward, exact_norm
+        for kind in {type(module) for module in model.modules()} - set(OWN_NORMS):
+            if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
+                OWN_NORMS[kind], kind.forward = kind.forward, exact_norm
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

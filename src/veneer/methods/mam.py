@@ -31,6 +31,8 @@ class MAM(Mixture):
     paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
     peft_type: ClassVar[str] = "VENEER_MAM"
 
+    learning_rate: ClassVar[float] = 3e-4
+
     length: int = Field(30, ge=1)
     """How many keys and values the prefix has."""
     mlp: bool = True
@@ -45,6 +47,10 @@ class MAM(Mixture):
     def members(self) -> Sequence[Method]:
         """The two."""
         return _members(self.length, self.mlp, self.mlp_width, self.bottleneck, self.scale)
+
+    def rate(self, name: str) -> float:
+        """Lower ones than either wants alone: together they change each layer far more."""
+        return super().rate(name) / 3
 
 
 @functools.cache  # asked for at every site in every step
