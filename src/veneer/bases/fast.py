@@ -125,7 +125,7 @@ def _as_norm(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
 
 def _norm(eps: float, more: int, rounded: bool, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     weight = module.weight
-    if args or kwargs or weight.requires_grad or not x.requires_grad:
+    if args or kwargs or weight.requires_grad or not x.requires_grad or x.dtype != weight.dtype:
         return type(module).forward(module, x, *args, **kwargs)
     return rms_norm(x, weight.to(wider(weight.dtype)) + more if more else weight, eps, rounded=rounded)
 

@@ -25,7 +25,7 @@ def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        x, a, b = x.reshape(-1, x.shape[-1]), a.to(y.dtype), b.to(y.dtype)
+        x, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
         inner = (x @ a.t()).mul_(scale)
         ctx.save_for_backward(x, a, b, inner)
         ctx.scale = scale

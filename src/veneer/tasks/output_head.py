@@ -56,6 +56,8 @@ def loss_at(
     head = output_projection(model)
     if not isinstance(head, nn.Linear) or acted_on(head, model) or _last.get(head) is False:
         return None
+    if torch.is_autocast_enabled(head.weight.device.type):  # which decides the dtypes of products
+        return None
     random = _random_state() if head not in _last else None
     with _loss_instead(head, model, positions, targets) as found:
         logits = run().logits

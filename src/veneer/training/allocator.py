@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's malloc.h."""
-_ALL = 2**31 - 1
-_DEFAULT = 128 * 1024
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""From glibc's malloc.h."""
+_KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
+"""The thresholds glibc itself arrives at once large blocks have been freed."""
 
 
 @contextlib.contextmanager
@@ -24,17 +25,17 @@ def kept_memory() -> Iterator[None]:
     if libc is None:
         yield
         return
-    _set(libc, _ALL)
+    _set(libc, _KEEP)
     try:
         yield
     finally:
-        _set(libc, _DEFAULT)
+        _set(libc, _USUAL)
         libc.malloc_trim(0)
 
 
-def _set(libc: Any, limit: int) -> None:
-    for which in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-        libc.mallopt(which, limit)
+def _set(libc: Any, options: Mapping[int, int]) -> None:
+    for option, value in options.items():
+        libc.mallopt(option, value)
 
 
 def _glibc() -> Any:
