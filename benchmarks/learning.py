@@ -42,8 +42,8 @@ TIMED_STEPS = 8
 PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
 DRAWS = 4000
 REASONS = {
-    "tokens": "`tokens` trains the embedding of one token here (id 5) and the head, at half the head's own rate: it is for "
-    "new tokens, not for a new task.",
+    "tokens": "`tokens` trains the embedding of one token here (id 5) and the head, at half the head's own "
+    "rate: it is for new tokens, not for a new task.",
     "unilora": "`unilora` learns 64 numbers beside the head; they move the scores by less than a seed does.",
     "prompt": "`prompt` changes the input only; its seeds lie far apart (79 % to 88 %).",
     "ptuning": "`ptuning`, as `prompt`, changes the input only.",
