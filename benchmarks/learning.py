@@ -44,7 +44,6 @@ DRAWS = 4000
 REASONS = {
     "tokens": "`tokens` trains the embedding of one token here (id 5) and the head, at half the head's own "
     "rate: it is for new tokens, not for a new task.",
-    "unilora": "`unilora` learns 64 numbers beside the head; they move the scores by less than a seed does.",
     "prompt": "`prompt` changes the input only; its seeds lie far apart (79 % to 88 %).",
     "ptuning": "`ptuning`, as `prompt`, changes the input only.",
 }
@@ -85,17 +84,18 @@ NAMED = (
 
 def variants() -> list[Variant]:
     """Every method that can do without settings, and those named above."""
-    plain = [Variant(name, name, cls.example) for name, cls in methods().items() if not _needy(cls)]
+    plain = [Variant(name, name, _least(cls)) for name, cls in methods().items() if _least(cls) is not None]
     covered = {variant.method for variant in NAMED if variant.sources}
     return [variant for variant in (*plain, *NAMED) if variant.sources or variant.method not in covered]
 
 
-def _needy(cls: Any) -> bool:
-    try:
-        cls(**cls.example)
-    except VeneerError:
-        return True
-    return False
+def _least(cls: Any) -> Mapping[str, Any] | None:
+    """None but its defaults, else those of its example; None where neither will do."""
+    for settings in ({}, cls.example):
+        with contextlib.suppress(VeneerError):
+            cls(**settings)
+            return settings
+    return None
 
 
 def main() -> None:
@@ -298,7 +298,8 @@ _HEAD = """# What the methods learn
 Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows
 none of which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch},
 every method with its own defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the
-order of rows). Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
+order of rows; fewer where the last column says so). `mix` is one of `bitfit` and `norm`.
+Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
 
 *Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds.
 *Over the head* is the difference to the frozen base with a trained head alone, on the same rows, with its interval:
@@ -347,7 +348,9 @@ def page(lines: Sequence[Mapping[str, Any]]) -> str:
     text += f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n" + "\n".join(rows) + "\n"
     if failed:
         text += f"\nNot shown to beat the head alone: {', '.join(failed)}.\n"
-        text += "".join(f"\n- {why}" for name, why in REASONS.items() if name in runs) + "\n"
+        text += (
+            "".join(f"\n- {REASONS[name]}" for name in REASONS if any(f"`{name}`" in each for each in failed)) + "\n"
+        )
     errors = {line["variant"]: line["error"] for line in lines if line.get("error") and line["variant"] not in runs}
     if errors:
         text += "\nNot run: " + "; ".join(f"`{name}`: {why}" for name, why in errors.items()) + "\n"

@@ -97,6 +97,26 @@ def test_logits_that_are_capped_are_noticed_once(monkeypatch: pytest.MonkeyPatch
     assert tries == [1]
 
 
+class ByItself(transformers.LlamaForCausalLM):
+    """A model that multiplies by its projection's weight without calling it."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        return transformers.modeling_outputs.CausalLMOutput(logits=F.linear(hidden, self.lm_head.weight))
+
+
+def test_a_projection_that_is_not_called() -> None:
+    model = tiny_llama(vocab_size=99)
+    model.__class__ = ByItself
+    adapter = veneer.Base(model).attach(veneer.LoRA(), "a")
+    perturb(adapter, std=0.1)
+    compared(adapter)
+    runs: list[int] = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    CausalLM().outcome(adapter, BATCH)
+    assert runs == [1]  # that is remembered
+
+
 def test_trying_leaves_the_random_state_alone() -> None:
     base = veneer.Base(capped())
     adapter = base.attach(veneer.LoRA(dropout=0.5), "a")

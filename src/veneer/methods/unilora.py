@@ -44,7 +44,7 @@ class UniLoRA(Targeted):
     example: ClassVar[Mapping[str, Any]] = {"bank_size": 64}
     summary: ClassVar[str] = "all low-rank factors from one shared vector; as small as wanted"
     paper: ClassVar[str] = "Li et al. 2025, arXiv:2506.00799"
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 5e-3
     peft_type: ClassVar[str] = "UNILORA"
     peft_names: ClassVar[Mapping[str, str]] = {
         "r": "rank",

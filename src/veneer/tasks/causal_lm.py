@@ -27,12 +27,10 @@ from veneer.data import Format
 from veneer.tasks.base import DEFAULT_MAX_LENGTH, Outcome, Scores, Task
 from veneer.tasks.chat import Segment, chat_segments, content_of, messages_of
 from veneer.tasks.conditions import conditioned
-from veneer.tasks.output_head import acted_on, loss_at, only_at, output_projection, taking_hidden
+from veneer.tasks.output_head import acted_on, logits_at, loss_at, output_projection, taking_hidden
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-"""A piece of text, and whether it is to be learned."""
 
 IGNORED = -100
 """Label of a token that carries no loss; cross_entropy's own default."""
@@ -145,8 +143,7 @@ class CausalLM(Task):
         run = functools.partial(model, **inputs)
         if (found := loss_at(model, run, labelled, targets)) is not None:
             return Outcome(found[0], labelled.sum(), found[1])
-        with only_at(model, labelled):
-            logits = run().logits
+        logits = logits_at(model, run, labelled)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         correct = (logits.detach().argmax(-1) == targets).sum()
         return Outcome(loss, labelled.sum(), correct)
@@ -165,8 +162,7 @@ class CausalLM(Task):
                     alone = head(taken[0][:1])
                 if torch.equal(alone.float(), first.float()):
                     return Scores(taken[0], head, first.shape[-1], targets)
-        with only_at(model, labelled):
-            logits = model(**inputs).logits
+        logits = logits_at(model, functools.partial(model, **inputs), labelled)
         return Scores(logits, lambda part: part, logits.shape[-1], targets)
 
     def metrics(self, loss: float, accuracy: float) -> dict[str, float]:

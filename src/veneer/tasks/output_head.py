@@ -61,29 +61,27 @@ def loss_at(
     random = _random_state() if head not in _last else None
     with _loss_instead(head, model, positions, targets) as found:
         logits = run().logits
-    if found.logits is None:
-        return None
     if random is not None and len(targets):
-        _last[head] = torch.equal(found.logits.float(), logits.float())
+        # A model that multiplies by the projection's weight itself, without calling it, gives no output of it.
+        _last[head] = found.logits is not None and torch.equal(found.logits.float(), logits.float())
         if not _last[head]:
             _restore(random)
             return None
     return found.loss_and_hits
 
 
-@contextlib.contextmanager
-def only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Hand the projection only some positions (``[rows, tokens]``, bool): logits come out ``[n, vocabulary]``."""
+def logits_at(model: nn.Module, run: Callable[[], Any], positions: Tensor) -> Tensor:
+    """Logits ``[n, vocabulary]`` at some positions (``[rows, tokens]``, bool); others are computed only where the model
+    does not call its projection as a module."""
     head = output_projection(model)
-    if head is None:
-        yield
-        return
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_at(positions, args[0], model), *args[1:])
 
-    with _hooked(head.register_forward_pre_hook(select, prepend=True)):
-        yield
+    hooks = [] if head is None else [head.register_forward_pre_hook(select, prepend=True)]
+    with _hooked(*hooks):
+        logits: Tensor = run().logits
+    return logits if logits.dim() == 2 else logits[positions]
 
 
 @contextlib.contextmanager
