@@ -49,8 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {},
     "vera": {},
 }
-SETTINGS: dict[str, Any] = {"batch_size": 2, "log_every": 1, "samples": 0}
-STEPS, LENGTH, HELD_OUT = 300, 48, 200
+SETTINGS: dict[str, Any] = {"log_every": 1, "samples": 0}
+STEPS, BATCH, LENGTH, HELD_OUT = 300, 2, 48, 200
 FULL, LORA = "full", "lora"
 FULL_RATE = 5e-5
 """Of full fine-tuning; LoRA's is ten times that, which is its default."""
@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--seeds", type=int, choices=sorted(T_95), default=SEEDS)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
@@ -85,7 +86,7 @@ def main() -> None:
             for name in options.only
             for side in ("veneer", "peft")
         ]
-    common = {"steps": options.steps, "held_out": options.held_out, "dtype": options.dtype}
+    common = {"steps": options.steps, "batch": options.batch, "held_out": options.held_out, "dtype": options.dtype}
     if not options.table:
         measure([{**cell, **common} for cell in cells], options.results)
     found = [line for line in results(options.results) if common.items() <= line.items()]
@@ -114,7 +115,7 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
     training, held_out = data(cell["held_out"])
     tokenizer = base.tokenizer
     settings = TrainSettings(
-        **SETTINGS, max_steps=cell["steps"], learning_rate=cell["rate"], seed=cell["seed"], epochs=1000
+        **SETTINGS, batch_size=cell["batch"], max_steps=cell["steps"], learning_rate=cell["rate"], seed=cell["seed"], epochs=1000
     )
     method = method_class(cell["method"])(**METHODS.get(cell["method"], {}))
     adapter = base.attach(method, "a", task=task.describe(), seed=cell["seed"])
