@@ -115,7 +115,12 @@ def run(cell: Mapping[str, Any]) -> dict[str, Any]:
     training, held_out = data(cell["held_out"])
     tokenizer = base.tokenizer
     settings = TrainSettings(
-        **SETTINGS, batch_size=cell["batch"], max_steps=cell["steps"], learning_rate=cell["rate"], seed=cell["seed"], epochs=1000
+        **SETTINGS,
+        batch_size=cell["batch"],
+        max_steps=cell["steps"],
+        learning_rate=cell["rate"],
+        seed=cell["seed"],
+        epochs=1000,
     )
     method = method_class(cell["method"])(**METHODS.get(cell["method"], {}))
     adapter = base.attach(method, "a", task=task.describe(), seed=cell["seed"])
