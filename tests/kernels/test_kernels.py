@@ -229,3 +229,13 @@ def test_what_is_kept_for_the_backward() -> None:
     assert kept(lambda: cross_entropy_sum(x, vocabulary, None, targets)[0]) == x.nbytes
     q = numbers(2, 4, 32, 16, dtype=torch.bfloat16)
     assert kept(lambda: attention(q, q, q, None, False, 0.25)) == 2 * q.nbytes + 2 * 4 * 32 * 4
+
+
+def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:
+    query = numbers(2, 4, 9, 16, dtype=torch.bfloat16)
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    assert attention_kernel.suits(query, query, query, mask, False)
+    assert not attention_kernel.suits(query, query, query, mask[..., :1], False)  # one for all keys
+    assert not attention_kernel.suits(query, query, query, mask.float().requires_grad_(), False)
+    assert not attention_kernel.suits(query[:, :, :3], query, query, None, True)
+    assert not attention_kernel.suits(query.detach(), query.detach(), query.detach(), None, False)

@@ -33,17 +33,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rounded: bool) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded: bool) -> Tensor:
-        wide = x.to(wider(x.dtype))
+        wide = x.to(wider(x.dtype), copy=True)
         rho = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rho)
-        normed = wide * rho  # operands of one dtype: mixed ones are far slower
+        normed = wide.mul_(rho)  # operands of one dtype: mixed ones are far slower
         return normed.to(x.dtype).mul_(weight) if rounded else normed.mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, rho = ctx.saved_tensors
-        dy = gradient.to(rho.dtype) * weight.to(rho.dtype)
-        normed = x.to(rho.dtype) * rho
-        mean = (dy * normed).mean(-1, keepdim=True)
-        return dy.sub_(normed.mul_(mean)).mul_(rho).to(x.dtype), None, None, None
+        dy = gradient.to(rho.dtype, copy=True).mul_(weight.to(rho.dtype))
+        normed = x.to(rho.dtype, copy=True).mul_(rho)
+        mean = torch.linalg.vecdot(dy, normed).unsqueeze(-1).div_(x.shape[-1])
+        return dy.addcmul_(normed, mean, value=-1).mul_(rho).to(x.dtype), None, None, None
