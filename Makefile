@@ -4,7 +4,7 @@ ENV := .venv
 BIN := $(ENV)/bin
 READY := $(ENV)/.ready
 
-.PHONY: setup demo test test-all lint docs examples bench clean
+.PHONY: setup demo test test-all lint docs examples bench bench-cuda clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -39,6 +39,12 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.rows
+
+bench-cuda: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "There is no CUDA device here (or torch is a build without CUDA)."; exit 1; }
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.end_to_end
 
 clean:
 	rm -rf $(ENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -44,17 +44,17 @@ def paragraphs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def one(side: str, seed: int, rows: int, threads: int) -> dict[str, Any]:
     """A run."""
-    import psutil
     import torch
 
-    from benchmarks.train_step import Variant, loaded, peak
+    from benchmarks.memory import forget_peak, held, peak
+    from benchmarks.train_step import Variant, loaded
 
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     base = loaded(Variant("", "lora", "bfloat16", "all"))
-    before = psutil.Process().memory_info().rss
+    before = held(base.device)
     training, held_out = paragraphs()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    forget_peak(base.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train = {"veneer": by_veneer, "trainer": by_trainer, "trl": by_trl}[side]
@@ -63,7 +63,7 @@ def one(side: str, seed: int, rows: int, threads: int) -> dict[str, Any]:
         "side": side,
         "seed": seed,
         "seconds": time.perf_counter() - started,
-        "memory": peak() - before,
+        "memory": peak(base.device) - before,
         "steps": steps,
         "loss": held_out_loss(model, base.tokenizer, held_out),
     }
@@ -97,7 +97,7 @@ def arguments(seed: int, folder: str, batch: int) -> dict[str, Any]:
     return {
         "output_dir": f"{folder}/run", "num_train_epochs": 1, "per_device_train_batch_size": batch,
         "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "weight_decay": 0.0,
-        "seed": seed, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "seed": seed, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "logging_strategy": "no",
     }  # fmt: skip
 
@@ -150,6 +150,7 @@ def held_out_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> flo
     total, count = 0.0, 0
     for row in rows:
         ids = tokenizer(row["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"][:, :LONGEST]
+        ids = ids.to(model.device)
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         total += float(F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum"))

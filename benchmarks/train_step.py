@@ -12,8 +12,8 @@ ratio of the medians of such pairs.
     full          transformers' model, all of its parameters trained
     forward       transformers' model without gradients, with its usual loss
 
-Memory is the greatest resident size of the process during steps, above that with the base loaded and run on a few
-tokens. `time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
+All run on the GPU where there is one. Memory is the most a process holds during steps (resident, or on the GPU), above
+that with the base loaded and run on a few tokens. `time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ class Variant:
     """Micro-batches a step."""
 
 
-def batch_of(variant: Variant) -> dict[str, Any]:
+def batch_of(variant: Variant, device: Any = "cpu") -> dict[str, Any]:
     """The tokens of a step."""
     import torch
 
     ids = torch.randint(0, 49152, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     first = TOKENS // 2 if variant.labelled == "half" else 0
     labels = torch.where(torch.arange(TOKENS) < first, -100, ids)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def loaded(variant: Variant) -> Any:
@@ -86,7 +87,7 @@ def loaded(variant: Variant) -> Any:
 
     base = veneer.load_base(BASE, dtype=variant.dtype)
     with torch.no_grad():
-        base.model(input_ids=torch.arange(8)[None])
+        base.model(input_ids=torch.arange(8, device=base.device)[None])
     return base
 
 
@@ -94,7 +95,7 @@ def stepper(base: Any, variant: Variant) -> Callable[[], float]:
     """What does a step and returns its loss."""
     import torch
 
-    batch = batch_of(variant)
+    batch = batch_of(variant, base.device)
     if variant.side == VENEER:
         return own_step(base, variant, batch)
     model: Any = base.model
@@ -170,30 +171,26 @@ def as_peft(base: Any, variant: Variant) -> Any:
 
 def serve(variant: Variant, threads: int, pipe: Any) -> None:
     """A process: load, then a step for each request, answering with its seconds and loss; None ends it."""
-    import psutil
     import torch
 
+    from benchmarks.memory import forget_peak, held, peak
     from veneer.training.allocator import kept_memory
 
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     base = loaded(variant)
-    before = psutil.Process().memory_info().rss
+    wait = torch.cuda.synchronize if base.device.type == "cuda" else lambda: None
+    before = held(base.device)
     step = stepper(base, variant)
     with kept_memory() if variant.side == VENEER else contextlib.nullcontext():
         step()  # what is done once only: buffers, the optimiser's state, compilation
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_peak(base.device)
         pipe.send("ready")
         while pipe.recv() is not None:
             started = time.perf_counter()
             loss = step()
-            pipe.send((time.perf_counter() - started, loss, peak() - before))
-
-
-def peak() -> int:
-    """The greatest resident size of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+            wait()
+            pipe.send((time.perf_counter() - started, loss, peak(base.device) - before))
 
 
 @contextlib.contextmanager
