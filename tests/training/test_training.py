@@ -13,6 +13,7 @@ import veneer
 from helpers import sums, tiny_bert, tiny_llama
 from veneer.errors import ConfigError
 from veneer.methods import Course, method_class
+from veneer.training.passes import parts
 
 IDS = torch.arange(40).view(8, 5) + 3
 
@@ -129,6 +130,34 @@ def test_checkpointing_gives_the_same_weights(tiny_folder: Path) -> None:
         veneer.train(adapter, sums(16), validation=0, epochs=1, checkpointing=on)
         states.append(state(adapter))
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
+def test_batches_computed_in_parts_give_the_same_weights(tiny_folder: Path) -> None:
+    states, most = [], []
+    for tokens in (0, 150, 1):
+        adapter = tiny(tiny_folder)
+        seen: list[int] = []
+        adapter.base.model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        result = veneer.train(adapter, sums(16), validation=0, epochs=1, pass_tokens=tokens)
+        states.append(state(adapter))
+        most.append((result.steps, max(seen)))
+    assert most[0] == (2, 8)
+    assert most[1][0] == 2
+    assert 1 < most[1][1] < 8
+    assert most[2] == (2, 1)
+    for other in states[1:]:
+        torch.testing.assert_close(states[0], other, rtol=0, atol=1e-6)
+
+
+def test_parts_hold_every_row_once() -> None:
+    batch = {"attention_mask": torch.ones(7, 10), "input_ids": torch.arange(70).view(7, 10), "task": list("abcdefg")}
+    for tokens, sizes in ((0, [7]), (70, [7]), (69, [3, 4]), (20, [1, 2, 2, 2]), (1, [1] * 7)):
+        found = parts(batch, tokens)
+        assert [len(part["task"]) for part in found] == sizes
+        assert torch.equal(torch.cat([part["input_ids"] for part in found]), batch["input_ids"])
+        assert [task for part in found for task in part["task"]] == batch["task"]
 
 
 def test_training_leaves_the_base_as_it_was(tiny_folder: Path) -> None:

@@ -102,7 +102,8 @@ def fit(
         callbacks += [overfitting, patience] if settings.patience else [overfitting]
     try:
         conduct = Conduct(adapter, resume)
-        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, conduct, distillation)
+        limit = settings.tokens_of_a_pass(base.device)
+        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, conduct, distillation, limit)
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     begin()

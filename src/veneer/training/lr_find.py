@@ -157,7 +157,8 @@ def _run(
             "train_sampling_strategy": "random",  # by length, short and long batches would be mistaken for progress
             "use_cpu": adapter.base.device.type == "cpu",
         }
-        trainer = _Ramp(adapter, task, train_set, None, transformers.TrainingArguments(**options), [recorder])
+        arguments, limit = transformers.TrainingArguments(**options), settings.tokens_of_a_pass(adapter.device)
+        trainer = _Ramp(adapter, task, train_set, None, arguments, [recorder], pass_tokens=limit)
         trainer.rates = rates
         if settings.checkpointing:
             adapter.base.enable_checkpointing()

@@ -141,6 +141,9 @@ def least_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) 
     config = adapter.base.model.config
     rows = min(settings.batch_size, len(prepared.examples))
     lengths = sorted(prepared.examples["length"][:], reverse=True)[:rows]
+    limit = settings.tokens_of_a_pass(adapter.device)
+    if limit:  # the longest row, or as many as a pass takes
+        rows = min(rows, max(limit // lengths[0], 1))
     tokens = rows * lengths[0]
     width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     kept = 1 if settings.checkpointing else _ACTIVATIONS

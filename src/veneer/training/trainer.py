@@ -29,6 +29,7 @@ from veneer.training.checkpoints import discard_all_but, whole
 from veneer.training.course import Conduct
 from veneer.training.distillation import Distillation
 from veneer.training.guards import not_finite
+from veneer.training.passes import parts
 
 ROWS = "row"
 """Beside a batch's tensors: the index of each example's row."""
@@ -46,6 +47,7 @@ class Trainer(transformers.Trainer):
         callbacks: transformers' own.
         conduct: of the method's own course.
         distillation: a teacher to learn from, too. Validation keeps to the task's own loss.
+        pass_tokens: tokens in a forward pass at most; 0: no limit.
     """
 
     loss_is_scaled_for_ga = True
@@ -60,8 +62,10 @@ class Trainer(transformers.Trainer):
         callbacks: Sequence[transformers.TrainerCallback] = (),
         conduct: Conduct | None = None,
         distillation: Distillation | None = None,
+        pass_tokens: int = 0,
     ) -> None:
         self.task = task
+        self.pass_tokens = pass_tokens
         self.distillation = distillation
         self.tokens_seen = 0
         self._rows_of_step: list[int] = []
@@ -122,6 +126,16 @@ class Trainer(transformers.Trainer):
         if self.args.world_size > 1:
             return self.accelerator.gather(torch.tensor(items, device=device)).sum()
         return items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As transformers', for each part of the batch in turn."""
+        losses = [
+            super(Trainer, self).training_step(model, dict(part), num_items_in_batch)
+            for part in parts(inputs, self.pass_tokens)
+        ]
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
