@@ -58,18 +58,20 @@ class Variant:
         method: the method's name.
         settings: other than its defaults.
         sources: methods of adapters that are trained first, each on its share of the rows, for one that builds on some.
+        rate: learning rate, if not the method's own.
     """
 
     name: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    rate: float | None = None
 
 
 NAMED = (
     Variant("lora, rank 4", "lora", {"rank": 4}),
     Variant("lora, rank-stabilised, rank 64", "lora", {"rank": 64, "rank_stabilized": True}),
-    Variant("lora, LoRA+", "lora", {"b_rate": 16}),
+    Variant("lora, LoRA+", "lora", {"b_rate": 16}, rate=1e-4),
     Variant("lora, LoRA-FA", "lora", {"freeze_a": True}),
     Variant("lora, PiSSA", "lora", {"init": "pissa"}),
     Variant("lora, OLoRA", "lora", {"init": "olora"}),
@@ -180,8 +182,8 @@ def data(rows: int, held_out: int | None) -> tuple[Any, Any]:
 def run(base: veneer.Base, variant: Variant, seed: int, epochs: float, training: Any, held_out: Any) -> dict[str, Any]:
     """Train and score one variant with one seed."""
     with attached(base, variant, seed, epochs, training) as adapter:
-        rate = adapter.method.learning_rate  # before training settles it as what stays of it
-        result = trained(adapter, training, epochs, seed)
+        rate = variant.rate or adapter.method.learning_rate  # before training settles it as what stays of it
+        result = trained(adapter, training, epochs, seed, variant.rate)
         began = time.perf_counter()
         right = right_of(adapter, held_out)
         scoring = time.perf_counter() - began
@@ -235,10 +237,13 @@ def attached(base: veneer.Base, variant: Variant, seed: int, epochs: float, trai
             base.detach(name)
 
 
-def trained(adapter: veneer.Adapter, rows: Any, epochs: float, seed: int) -> Any:
+def trained(adapter: veneer.Adapter, rows: Any, epochs: float, seed: int, rate: float | None = None) -> Any:
     """Train with what is the same for all."""
+    settings: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     with quiet():
-        return veneer.train(adapter, rows, validation=0, epochs=epochs, batch_size=BATCH, seed=seed, samples=0)
+        return veneer.train(
+            adapter, rows, validation=0, epochs=epochs, batch_size=BATCH, seed=seed, samples=0, **settings
+        )
 
 
 @contextlib.contextmanager
@@ -297,8 +302,8 @@ _HEAD = """# What the methods learn
 
 Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows
 none of which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch},
-every method with its own defaults and its own learning rate, {seeds} seeds (of the head, the method's start and the
-order of rows; fewer where the last column says so). `mix` is one of `bitfit` and `norm`.
+every method with its own defaults and its own learning rate (LoRA+ with a fifth of LoRA's), {seeds} seeds (of the
+head, the method's start and the order of rows; fewer where the last column says so). `mix` is one of `bitfit` and `norm`.
 Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
 
 *Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds.
