@@ -303,7 +303,8 @@ _HEAD = """# What the methods learn
 Is a message an attempt to manipulate an AI assistant? `{data}`, {rows:,} training rows, {held_out:,} held-out rows
 none of which occurs in the training data; `{base}` (22.7 million parameters), {epochs:g} epochs in batches of {batch},
 every method with its own defaults and its own learning rate (LoRA+ with a fifth of LoRA's), {seeds} seeds (of the
-head, the method's start and the order of rows; fewer where the last column says so). `mix` is one of `bitfit` and `norm`.
+head, the method's start and the order of rows; fewer where the last column says so). `mix` is one
+of `bitfit` and `norm`.
 Written by `python -m benchmarks.learning --write` from what `python -m benchmarks.learning` measured.
 
 *Score* is accuracy, the mean over seeds, with the 95 % interval of a bootstrap over both held-out rows and seeds.
