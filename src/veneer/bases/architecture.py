@@ -62,6 +62,13 @@ class Architecture:
             return sum(parameter.numel() for parameter in self.build().parameters())
 
     @property
+    def kind(self) -> str:
+        """``decoder``, ``encoder`` or ``encoder-decoder``."""
+        if getattr(self.config, "is_encoder_decoder", False):
+            return "encoder-decoder"
+        return "decoder" if self.auto_class == "AutoModelForCausalLM" else "encoder"
+
+    @property
     def layers(self) -> int:
         """How deep it is (an encoder-decoder: each half)."""
         return max((value for name in _DEPTHS if isinstance(value := getattr(self.config, name, None), int)), default=0)

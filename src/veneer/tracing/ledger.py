@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace != "aten":  # questions such as for a tensor's device
+            return result
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         for tensor in made:
             if id(tensor.untyped_storage()) not in self._entered:
@@ -115,7 +117,7 @@ class Ledger(TorchDispatchMode):
         touched = {id(each): each for each in (*read, *made)}.values()
         if not touched:
             return
-        count = flop_registry.get(packet)
+        count = _COUNTS.get(packet)
         flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
         numbers = max(each.numel() for each in touched)
         nbytes = sum(each.nbytes for each in touched)
@@ -125,3 +127,18 @@ class Ledger(TorchDispatchMode):
 _aten = torch.ops.aten
 _FREE = {_aten.detach, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.lift_fresh}
 """Operations that touch no numbers."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+_COUNTS: dict[Any, Any] = {
+    **flop_registry,  # which leaves the processor's attention out
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

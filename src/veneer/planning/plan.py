@@ -1,0 +1,281 @@
+"""A plan: every method beside every other and beside full fine-tuning, on one base, for one machine.
+
+    train memory      read off the step's own code, run on shapes (`veneer.training.rehearsal`)
+    serve memory      base, adapter and what reading a prompt leaves in the cache of keys and values
+    time              the step's operations, at the machine's rates (`veneer.planning.machine`)
+    variants          one copy of the base and N adapters; or N whole copies, where an adapter is as large as the base
+
+A quantised base's weights are counted analytically, from its maps' shapes: its steps are those of the plain base with
+these weights, and one map at a time as it is dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from veneer.adapters import Adapter
+from veneer.bases.architecture import Architecture, architecture
+from veneer.bases.quantized import KINDS as QUANTIZED
+from veneer.bases.quantized import chosen_maps, would_hold
+from veneer.bases.sites import ALL_LINEAR, SiteMap
+from veneer.errors import BaseError, ConfigError, VeneerError
+from veneer.methods import Method, methods
+from veneer.planning.machine import Machine, machine
+from veneer.tasks import Task
+from veneer.tracing import shapes_only
+from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, served, task_for
+
+_DTYPES = ("float32", "bfloat16", "float16")
+HEADROOM = 0.1
+"""Share of the memory left free: predictions are held to within that."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for.
+
+    Attributes:
+        base: a hub id, folder, catalogue name, or well-known architecture.
+        methods: which; all, each with its own settings, if none are given.
+        batch: one pass of a step.
+        accumulation: passes a step.
+        checkpointing: whether activations are computed again.
+        dtype: the base's; ``auto`` as it was published.
+        quantize: ``nf4``, ``int8`` or None.
+        device: name of another machine; None for this one.
+        memory: bytes there are, if not all of the device's.
+        variants: how many fine-tuned variants are to be kept.
+        task: what is trained for; by default what the base suits best.
+        serve: what is served at a time.
+    """
+
+    base: str
+    methods: Sequence[Method] = ()
+    batch: Batch = field(default_factory=Batch)
+    accumulation: int = 1
+    checkpointing: bool = False
+    dtype: str = "auto"
+    quantize: str | None = None
+    device: str | None = None
+    memory: int | None = None
+    variants: int = 100
+    task: Task | None = None
+    serve: Batch = field(default_factory=lambda: Batch(rows=1, tokens=2048))
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What one method takes.
+
+    Attributes:
+        method: its name.
+        settings: its own.
+        trainable: numbers it trains.
+        trainable_share: of the base's parameters.
+        stored_bytes: of its tensors in a file.
+        train_memory: bytes by part at the moment of a step at which most is held, and their ``total``.
+        serve_memory: the same of serving it.
+        flops_per_token: of the products of a training step, forward and backward.
+        seconds_per_step: all passes of a step.
+        variants_bytes: of as many variants as asked for.
+        copies: whether each variant is a whole copy of the base.
+        fits: whether training does, with some room left.
+        largest_batch: rows that would still fit.
+        basis: ``traced`` from the code's own shapes, or ``analytic`` where quantised weights are counted.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    trainable: int
+    trainable_share: float
+    stored_bytes: int
+    train_memory: Mapping[str, int]
+    serve_memory: Mapping[str, int]
+    flops_per_token: float
+    seconds_per_step: float
+    variants_bytes: int
+    copies: bool
+    fits: bool
+    largest_batch: int
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole of it.
+
+    Attributes:
+        request: what was asked.
+        base: facts of the base: ``parameters``, ``weight_bytes`` by dtype, ``full_fine_tuning_bytes`` as they are
+            usually counted, by parameters alone.
+        machine: what it is for.
+        memory: bytes there are.
+        methods: the table, in the order asked for.
+        left_out: methods that can't act on this base, and why.
+    """
+
+    request: Request
+    base: Mapping[str, Any]
+    machine: Machine
+    memory: int
+    methods: Sequence[MethodPlan]
+    left_out: Mapping[str, str]
+
+    def named(self, method: str) -> MethodPlan | None:
+        """The row of a method."""
+        return next((row for row in self.methods if row.method == method), None)
+
+
+def plan(request: Request) -> Plan:
+    """Plan.
+
+    Raises:
+        BaseError: there is no such base.
+        UnknownName: there is no such device.
+        ConfigError: the one method asked for can't act on the base.
+    """
+    found = architecture(request.base)
+    task = request.task or task_for(found)
+    if task is not None and found.kind != "decoder":
+        found = replace(found, auto_class=task.auto_class)
+    dtype = _dtype(request.dtype, found)
+    place = machine(request.device, dtypes=(dtype,))
+    memory = request.memory or place.memory
+    facts = _facts(found, dtype, request.quantize)
+    planner = _Planner(request, found, task, dtype, place, memory, facts)
+    rows, left_out = [], {}
+    for method in request.methods or all_methods():
+        try:
+            rows.append(planner.row(method))
+        except VeneerError as error:
+            left_out[method.name] = str(error)
+    if not rows:
+        raise ConfigError(f"Nothing to plan on {request.base}: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    return Plan(request, facts, place, memory, rows, left_out)
+
+
+def all_methods() -> list[Method]:
+    """Each with its own settings, or those it gives as an example where it can't do without."""
+    return [cls(**cls.example) for cls in methods().values()]
+
+
+def _dtype(asked: str, found: Architecture) -> torch.dtype:
+    if asked == "auto":
+        return found.dtype
+    dtype = getattr(torch, asked, None)
+    if asked not in _DTYPES or not isinstance(dtype, torch.dtype):
+        raise BaseError(f"{asked!r} is no dtype to plan with; use auto, {', '.join(_DTYPES)}.")
+    return dtype
+
+
+def _facts(found: Architecture, dtype: torch.dtype, quantize: str | None) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = found.build(dtype)
+    parameters = sum(each.numel() for each in model.parameters())
+    sizes = {name: parameters * getattr(torch, name).itemsize for name in _DTYPES}
+    paths = [site.path for site in SiteMap(model).resolve(ALL_LINEAR) if site.parameter is None]
+    maps = [model.get_submodule(path).weight for path in chosen_maps(model, paths)]
+    rest = (parameters - sum(each.numel() for each in maps)) * dtype.itemsize
+    sizes |= {kind: rest + sum(would_hold(each.shape, kind) for each in maps) for kind in QUANTIZED}
+    return {
+        "name": found.name,
+        "kind": found.kind,
+        "layers": found.layers,
+        "parameters": parameters,
+        "dtype": quantize or str(dtype).removeprefix("torch."),
+        "weight_bytes": sizes,
+        "largest_map": max((each.numel() for each in maps), default=0) * dtype.itemsize,
+        "full_fine_tuning_bytes": {
+            "sgd_16bit": 4 * parameters,  # weights and gradients
+            "adam_16bit": 8 * parameters,  # and two moments
+            "adam_mixed": 16 * parameters,  # weights and gradients in 16 bit; weights and two moments in 32
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Planner:
+    request: Request
+    architecture: Architecture
+    task: Task | None
+    dtype: torch.dtype
+    machine: Machine
+    memory: int
+    base: Mapping[str, Any]
+
+    def row(self, method: Method) -> MethodPlan:
+        """Of one method."""
+        request, batch = self.request, self.request.batch
+        with shapes_only():
+            adapter = attached(self.architecture, method, self.task, self.dtype)
+            held = _held(adapter)
+            trainable = adapter.trainable
+            adapter.eval()
+            lowered = sum(delta.nbytes for delta in adapter.lower(training=False).values())
+            taken = adapter.positions
+            adapter.settle()
+            stored = sum(each.nbytes for each in adapter.state_dict().values())
+        rehearsal = Rehearsal(self.architecture, method, self.task, self.dtype, request.checkpointing)
+        step = rehearsal.step(batch, held)
+        memory = self._with_quantized(step.memory)
+        whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
+        weights = self.base["weight_bytes"][self.base["dtype"]]
+        full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
+        return MethodPlan(
+            method=method.name,
+            settings=method.model_dump(mode="json"),
+            trainable=trainable,
+            trainable_share=trainable / self.base["parameters"],
+            stored_bytes=stored,
+            train_memory=memory,
+            serve_memory=self._served(0 if whole else max(lowered, 0), taken),
+            flops_per_token=step.flops / batch.size,
+            seconds_per_step=self.machine.seconds(step.work) * request.accumulation,
+            variants_bytes=request.variants * full if whole else weights + request.variants * stored,
+            copies=whole,
+            fits=memory["total"] <= self.memory * (1 - HEADROOM),
+            largest_batch=self._largest(memory),
+            basis="analytic" if request.quantize else "traced",
+        )
+
+    def _with_quantized(self, parts: Mapping[str, int]) -> dict[str, int]:
+        if self.request.quantize is None:
+            return dict(parts)
+        found = {**parts, "weights": self.base["weight_bytes"][self.request.quantize]}
+        found["workspace"] += self.base["largest_map"]
+        return found | {"total": sum(value for part, value in found.items() if part != "total")}
+
+    def _largest(self, parts: Mapping[str, int]) -> int:
+        """Rows that fit: what is held for a batch is taken to grow with it."""
+        fixed = sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
+        each = max((parts["total"] - fixed) / self.request.batch.rows, 1)
+        return max(int((self.memory * (1 - HEADROOM) - fixed) / each), 0)
+
+    def _served(self, adapter: int, taken: int) -> dict[str, int]:
+        request = self.request
+        step = self._serving
+        kinds = next(iter(step.phases.values()))
+        parts = {name: round(kinds.get(name, 0)) for name in ("weights", "kv", "activations", "logits")}
+        if request.quantize is not None:
+            parts["weights"] = self.base["weight_bytes"][request.quantize]
+            parts["activations"] += self.base["largest_map"]
+        parts["kv"] += round(parts["kv"] * taken / request.serve.tokens)
+        parts["adapter"] = adapter
+        return parts | {"total": sum(parts.values())}
+
+    @property
+    def _serving(self) -> Step:
+        key = "_served_once"
+        if key not in self.__dict__:
+            self.__dict__[key] = served(self.architecture, self.dtype, self.request.serve)
+        found: Step = self.__dict__[key]
+        return found
+
+
+def _held(adapter: Adapter) -> int:
+    """Bytes of all its tensors, shared ones once."""
+    return sum(each.nbytes for each in {id(each): each for each in (*adapter.parameters(), *adapter.buffers())}.values())
