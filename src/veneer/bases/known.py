@@ -59,8 +59,8 @@ _SIZES: dict[str, tuple[str, ...]] = {
 }
 _GROUPED = (*_LLAMA, "num_key_value_heads")
 _HEADED = (*_GROUPED, "head_dim")
-_SIZES |= {name: _GROUPED for name in ("llama", "mistral", "mixtral", "qwen2", "phi3")}
-_SIZES |= {name: _HEADED for name in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe")}
+_SIZES |= dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "phi3"), _GROUPED)
+_SIZES |= dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"), _HEADED)
 """What the numbers of a row stand for."""
 
 

@@ -11,8 +11,10 @@ these weights, and one map at a time as it is dequantised.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,8 +32,29 @@ from veneer.tracing import shapes_only
 from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, served, task_for
 
 _DTYPES = ("float32", "bfloat16", "float16")
+GRAMS = 473.0
+"""Of CO₂ a kilowatt-hour: the world's average of 2024 (Ember, Global Electricity Review 2025)."""
 HEADROOM = 0.1
 """Share of the memory left free: predictions are held to within that."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        rows: how many.
+        longest: tokens of the longest row, as far as rows are not cut.
+        mean: of all.
+        labelled: share of the tokens that carry loss.
+        counted: whether the base's own tokenizer counted them; else four characters were taken for a token.
+    """
+
+    rows: int
+    longest: int
+    mean: float
+    labelled: float
+    counted: bool
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,10 @@ class Request:
         variants: how many fine-tuned variants are to be kept.
         task: what is trained for; by default what the base suits best.
         serve: what is served at a time.
+        data: what is trained on, if that is known.
+        epochs: passes over it.
+        max_steps: after which training stops anyway.
+        watts: the machine draws when busy, if it is not the device's own figure.
     """
 
     base: str
@@ -65,6 +92,27 @@ class Request:
     variants: int = 100
     task: Task | None = None
     serve: Batch = field(default_factory=lambda: Batch(rows=1, tokens=2048))
+    data: Data | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    watts: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole training.
+
+    Attributes:
+        steps: of the optimiser.
+        seconds: they take, validations apart: rows come together by length, so that few tokens are padding.
+        watt_hours: drawn, estimated from the machine's watts; None where nobody says these.
+        co2_grams: of these, at the world's average (`GRAMS`).
+    """
+
+    steps: int
+    seconds: float
+    watt_hours: float | None
+    co2_grams: float | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +133,7 @@ class MethodPlan:
         copies: whether each variant is a whole copy of the base.
         fits: whether training does, with some room left.
         largest_batch: rows that would still fit.
+        run: the whole training, where the data are known.
         basis: ``traced`` from the code's own shapes, or ``analytic`` where quantised weights are counted.
     """
 
@@ -101,6 +150,7 @@ class MethodPlan:
     copies: bool
     fits: bool
     largest_batch: int
+    run: Run | None
     basis: str
 
 
@@ -138,14 +188,14 @@ def plan(request: Request) -> Plan:
         UnknownName: there is no such device.
         ConfigError: the one method asked for can't act on the base.
     """
-    found = architecture(request.base)
+    plain = found = architecture(request.base)
     task = request.task or task_for(found)
-    if task is not None and found.kind != "decoder":
+    if task is not None:
         found = replace(found, auto_class=task.auto_class)
     dtype = _dtype(request.dtype, found)
     place = machine(request.device, dtypes=(dtype,))
     memory = request.memory or place.memory
-    facts = _facts(found, dtype, request.quantize)
+    facts = _facts(plain, dtype, request.quantize)
     planner = _Planner(request, found, task, dtype, place, memory, facts)
     rows, left_out = [], {}
     for method in request.methods or all_methods():
@@ -225,6 +275,7 @@ class _Planner:
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
+        seconds = self.machine.seconds(step.work) * request.accumulation
         return MethodPlan(
             method=method.name,
             settings=method.model_dump(mode="json"),
@@ -234,13 +285,24 @@ class _Planner:
             train_memory=memory,
             serve_memory=self._served(0 if whole else max(lowered, 0), taken),
             flops_per_token=step.flops / batch.size,
-            seconds_per_step=self.machine.seconds(step.work) * request.accumulation,
+            seconds_per_step=seconds,
             variants_bytes=request.variants * full if whole else weights + request.variants * stored,
             copies=whole,
             fits=memory["total"] <= self.memory * (1 - HEADROOM),
             largest_batch=self._largest(memory),
+            run=self._run(seconds),
             basis="analytic" if request.quantize else "traced",
         )
+
+    def _run(self, seconds: float) -> Run | None:
+        request, data = self.request, self.request.data
+        if data is None:
+            return None
+        steps = request.max_steps or math.ceil(data.rows * request.epochs / (request.batch.rows * request.accumulation))
+        seconds *= steps * data.mean / request.batch.tokens
+        watts = request.watts or self.machine.watts
+        hours = None if watts is None else watts * seconds / 3600
+        return Run(steps, seconds, hours, None if hours is None else hours / 1000 * GRAMS)
 
     def _with_quantized(self, parts: Mapping[str, int]) -> dict[str, int]:
         if self.request.quantize is None:
@@ -267,15 +329,13 @@ class _Planner:
         parts["adapter"] = adapter
         return parts | {"total": sum(parts.values())}
 
-    @property
+    @cached_property
     def _serving(self) -> Step:
-        key = "_served_once"
-        if key not in self.__dict__:
-            self.__dict__[key] = served(self.architecture, self.dtype, self.request.serve)
-        found: Step = self.__dict__[key]
-        return found
+        return served(self.architecture, self.dtype, self.request.serve)
 
 
 def _held(adapter: Adapter) -> int:
     """Bytes of all its tensors, shared ones once."""
-    return sum(each.nbytes for each in {id(each): each for each in (*adapter.parameters(), *adapter.buffers())}.values())
+    return sum(
+        each.nbytes for each in {id(each): each for each in (*adapter.parameters(), *adapter.buffers())}.values()
+    )

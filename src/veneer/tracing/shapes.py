@@ -1,7 +1,7 @@
 """Tensors that have shapes, dtypes and lifetimes, but no numbers, so that nothing is computed and nothing is held.
 
-torch's fake tensors do this for all that depends on shapes. Some code asks for numbers, too: is the mask all ones, which
-entries are labelled, which are drawn twice. Here such questions get the answers of the common case:
+torch's fake tensors do this for all that depends on shapes. Some code asks for numbers, too: is the mask all ones,
+which entries are labelled, which are drawn twice. Here such questions get the answers of the common case:
 
     bool(x), x.all(), equal(x, y)     yes
     int(x), float(x)                  0

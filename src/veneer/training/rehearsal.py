@@ -202,7 +202,9 @@ def along(few: Step, more: Step, times: float) -> Step:
         return first + (second - first) * times
 
     phases = {
-        phase: {kind: line(kinds.get(kind, 0), more.phases[phase].get(kind, 0)) for kind in {*kinds, *more.phases[phase]}}
+        phase: {
+            kind: line(kinds.get(kind, 0), more.phases[phase].get(kind, 0)) for kind in {*kinds, *more.phases[phase]}
+        }
         for phase, kinds in few.phases.items()
     }
     work = {each: line(few.work.get(each, 0), more.work.get(each, 0)) for each in {*few.work, *more.work}}
