@@ -96,7 +96,7 @@ def predicted(case: Case) -> dict[str, Any]:
     return {"memory": row.train_memory["total"], "seconds": row.seconds_per_step, "parts": dict(row.train_memory)}
 
 
-def measured(case: Case, pipe: Any, threads: int) -> None:
+def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
     """Load, train a few steps, tell."""
     import psutil
     import torch
@@ -127,7 +127,7 @@ def measured(case: Case, pipe: Any, threads: int) -> None:
         batch["labels"] = torch.where(kept, batch["input_ids"], -100)
     seconds = []
     with kept_memory():
-        for number in range(STEPS + 1):
+        for number in range(steps + 1):
             began = time.perf_counter()
             outcome = task.outcome(adapter, batch)
             (outcome.loss / outcome.items).backward()
@@ -140,11 +140,11 @@ def measured(case: Case, pipe: Any, threads: int) -> None:
         pipe.send({"memory": peak() - before, "seconds": statistics.median(seconds[1:])})
 
 
-def in_process(case: Case, threads: int) -> dict[str, Any]:
+def in_process(case: Case, threads: int, steps: int) -> dict[str, Any]:
     """`measured`, in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=measured, args=(case, theirs, threads), daemon=True)
+    process = spawn.Process(target=measured, args=(case, theirs, threads, steps), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -155,10 +155,10 @@ def in_process(case: Case, threads: int) -> dict[str, Any]:
         process.kill()
 
 
-def results() -> list[dict[str, Any]]:
+def results(path: Path) -> list[dict[str, Any]]:
     """What has been measured, predicted anew by whoever asks; a line cut off by a kill is left out."""
     found = []
-    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
@@ -196,7 +196,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(
             f"{case.base:<22}{case.method:<9}{f'{case.rows} x {case.tokens}':>9} {case.dtype:<9}"
             f"{'yes' if case.checkpointing else '':<5}{case.labelled:>8.0%}{said['memory'] / 1e6:>6.0f} MB"
-            f"{seen['memory'] / 1e6:>7.0f} MB{memory:>+8.1%}{said['seconds']:>7.2f} s{seen['seconds']:>8.2f} s{seconds:>+8.1%}"
+            f"{seen['memory'] / 1e6:>7.0f} MB{memory:>+8.1%}"
+            f"{said['seconds']:>7.2f} s{seen['seconds']:>8.2f} s{seconds:>+8.1%}"
         )
     for what, told in summary(rows).items() if rows else ():
         print(
@@ -209,6 +210,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=int, help="run so many combinations at most")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--steps", type=int, default=STEPS, help="that are timed")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--again", action="store_true", help="predict anew what has been measured already")
     parser.add_argument("--json", action="store_true")
@@ -216,14 +219,15 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    done = results()
+    done = results(options.results)
     if not options.table:
         known = [row["case"] for row in done]
         todo = [case for case in CASES if asdict(case) not in known][: options.only]
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
         for number, case in enumerate(todo, 1):
-            row = {"case": asdict(case), "predicted": predicted(case), "measured": in_process(case, options.threads)}
-            with RESULTS.open("a", encoding="utf-8") as file:
+            seen = in_process(case, options.threads, options.steps)
+            row = {"case": asdict(case), "predicted": predicted(case), "measured": seen}
+            with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             done.append(row)
             print(f"{number}/{len(todo)} {case}", flush=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 import veneer
-from veneer.bases.synthetic import tiny_decoder
+from helpers import tiny_llama
 from veneer.methods import method_class
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tracing import Ledger, shapes_only
@@ -16,27 +18,28 @@ ROWS, TOKENS = 2, 12
 
 def run(method: str) -> tuple[Ledger, int]:
     """A forward and backward of the tiny decoder: the books, and the bytes autograd keeps between the two."""
-    base = veneer.Base(tiny_decoder().model, None)
+    base = veneer.Base(tiny_llama(), None)
     adapter = base.attach(method_class(method)(), "a", loading=True).train()
     batch = CausalLM().blank(ROWS, TOKENS)
     there = (*base.model.parameters(), *base.model.buffers(), *adapter.parameters(), *batch.values())
     own = {tensor.untyped_storage() for tensor in there}
-    saved: dict[int, int] = {}
+    saved: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage not in own:
-            saved[id(storage)] = storage.nbytes()
+            saved[id(storage)] = storage
         return tensor
 
-    ledger = Ledger(19)
+    ledger = Ledger(128)
     with ledger:
         ledger.enter(base.model.parameters(), "weights")
         with ledger.phase("forward", "activations"):
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 outcome = CausalLM().outcome(adapter, batch)
         after = ledger.alive.get("activations", 0) + ledger.alive.get("logits", 0)
-        assert sum(saved.values()) <= after
+        still = sum(storage.nbytes() for storage in saved.values())
+        assert 0.8 * after <= still <= after  # the rest are outputs and what hooks hold
         with ledger.phase("backward", "workspace"):
             outcome.loss.backward()
     return ledger, after
