@@ -31,30 +31,34 @@ _ROUNDS = 7
 def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
     """This machine's processor, measured for these dtypes and float32."""
     path = _file()
-    kept = _read(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    overhead, rates = _read(path)
     wanted = {str(each).removeprefix("torch.") for each in (*dtypes, torch.float32)}
-    missing = wanted - kept.keys()
-    if missing:
-        kept |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
-        write_json(path, {name: asdict(rates) for name, rates in kept.items()})
+    if missing := wanted - rates.keys():
+        overhead = overhead or _overhead()
+        rates |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
+        write_json(path, {"overhead": overhead, "rates": {name: asdict(each) for name, each in rates.items()}})
     memory = available_memory(torch.device("cpu"))
-    return Machine(_name(), memory, kept, _OVERHEAD, None, measured=True)
-
-
-_OVERHEAD = 4e-6
-"""Seconds an operation on a few numbers takes in eager torch, dispatch and autograd included."""
+    return Machine(_name(), memory, rates, overhead, None, measured=True)
 
 
 def _file() -> Path:
     return cache_dir() / "speed" / f"{platform.node() or 'here'}-{torch.get_num_threads()}-{torch.__version__}.json"
 
 
-def _read(path: Path) -> dict[str, Rates]:
+def _read(path: Path) -> tuple[float, dict[str, Rates]]:
+    """What was measured before; nothing, if there is none or it can't be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Rates(**rates) for name, rates in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        return float(found["overhead"]), {name: Rates(**rates) for name, rates in found["rates"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0.0, {}
+
+
+def _overhead() -> float:
+    """Of an operation on a few numbers, with what autograd notes of it."""
+    few = torch.ones(8, requires_grad=True)
+    return _timed(lambda: few * few)
 
 
 def _name() -> str:

@@ -227,10 +227,11 @@ def _facts(found: Architecture, dtype: torch.dtype, quantize: str | None) -> dic
         model = found.build(dtype)
     parameters = sum(each.numel() for each in model.parameters())
     sizes = {name: parameters * getattr(torch, name).itemsize for name in _DTYPES}
-    paths = [site.path for site in SiteMap(model).resolve(ALL_LINEAR) if site.parameter is None]
-    maps = [model.get_submodule(path).weight for path in chosen_maps(model, paths)]
-    rest = (parameters - sum(each.numel() for each in maps)) * dtype.itemsize
-    sizes |= {kind: rest + sum(would_hold(each.shape, kind) for each in maps) for kind in QUANTIZED}
+    sites = {site.path: site for site in SiteMap(model).resolve(ALL_LINEAR) if site.parameter is None}
+    maps = [sites[path] for path in chosen_maps(model, list(sites))]
+    shapes = [torch.Size((site.out_features, site.in_features)) for site in maps]
+    rest = (parameters - sum(shape.numel() for shape in shapes)) * dtype.itemsize
+    sizes |= {kind: rest + sum(would_hold(shape, kind) for shape in shapes) for kind in QUANTIZED}
     return {
         "name": found.name,
         "kind": found.kind,
@@ -238,7 +239,7 @@ def _facts(found: Architecture, dtype: torch.dtype, quantize: str | None) -> dic
         "parameters": parameters,
         "dtype": quantize or str(dtype).removeprefix("torch."),
         "weight_bytes": sizes,
-        "largest_map": max((each.numel() for each in maps), default=0) * dtype.itemsize,
+        "largest_map": max((shape.numel() for shape in shapes), default=0) * dtype.itemsize,
         "full_fine_tuning_bytes": {
             "sgd_16bit": 4 * parameters,  # weights and gradients
             "adam_16bit": 8 * parameters,  # and two moments
