@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_advice_names_its_rules(everything: Plan) -> None:
     assert given.method == "lora"
     assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "as-good", "default"]
     kept = [set(reason.rows) for reason in given.reasons]
-    assert all(later <= earlier for earlier, later in zip(kept, kept[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
     assert "full" not in kept[1]
     assert "prompt" in kept[1] - kept[2]  # not measured to beat a head
     assert advise(everything, rows=100).reasons[-1].rule == "few-rows"

@@ -34,9 +34,9 @@ def run(method: str) -> tuple[Ledger, int]:
     ledger = Ledger(128)
     with ledger:
         ledger.enter(base.model.parameters(), "weights")
-        with ledger.phase("forward", "activations"):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                outcome = CausalLM().outcome(adapter, batch)
+        kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with ledger.phase("forward", "activations"), kept:
+            outcome = CausalLM().outcome(adapter, batch)
         after = ledger.alive.get("activations", 0) + ledger.alive.get("logits", 0)
         still = sum(storage.nbytes() for storage in saved.values())
         assert 0.8 * after <= still <= after  # the rest are outputs and what hooks hold

@@ -74,16 +74,17 @@ def _row(name: str, parameters: int, model_type: str, *sizes: int, also: str = "
     return Known(name, parameters, model_type, named, dtype, tuple(also.split()), own_head)
 
 
-_32, _16 = {"dtype": "float32"}, {"dtype": "float16"}
+_32: dict[str, Any] = {"dtype": "float32"}
+_16: dict[str, Any] = {"dtype": "float16"}
 _PREPARED: Mapping[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-_ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, **_PREPARED, **_32}
-_DEBERTA = {
+_ROBERTA: dict[str, Any] = {"max_position_embeddings": 514, "type_vocab_size": 1, **_PREPARED, **_32}
+_DEBERTA: dict[str, Any] = {
     "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
     "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0, **_32,
 }  # fmt: skip
-_FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "own_head": True, **_32}
-_TIED = {"tie_word_embeddings": True}
-_PYTHIA = {"rotary_pct": 0.25, **_16}
+_FLAN: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "own_head": True, **_32}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}
+_PYTHIA: dict[str, Any] = {"rotary_pct": 0.25, **_16}
 _ROWS = (
     # encoders, without a head
     _row("bert-base", 109_482_240, "bert", 30522, 768, 3072, 12, 12, also="bert-base-uncased", **_32),

@@ -85,6 +85,13 @@ class _Answers(TorchDispatchMode):
         places = x.new_empty(x.shape, dtype=torch.long)
         return x.new_empty(x.numel()), places, places
 
+    def attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Any:
+        """The processor's own attention, which fake tensors would take apart into what it never keeps."""
+        rows, heads, queries, _ = query.shape
+        sums = torch.promote_types(query.dtype, torch.float32)
+        output = query.new_empty(rows, queries, heads, value.shape[-1]).transpose(1, 2)
+        return output, query.new_empty(rows, queries, heads, dtype=sums).transpose(1, 2)
+
     def bincount(self, func: Any, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
         """None beyond those asked for."""
         return x.new_empty(minlength, dtype=torch.long if weights is None else torch.double)
@@ -100,4 +107,5 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _aten.masked_select.default: _Answers.masked_select,
     _aten._unique2.default: _Answers.unique,
     _aten.bincount.default: _Answers.bincount,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: _Answers.attention,
 }
