@@ -9,7 +9,8 @@ Each combination of base, method, batch, dtype, checkpointing and share of label
 as training does it: forward, loss, backward, clipping, AdamW, with memory kept between steps. Predicted and measured
 are a line each of ``benchmarks/results/planner.jsonl``.
 
-*Memory* is the greatest resident size of the process in steps after the first, above that before the base is loaded.
+*Memory* is the greatest resident size of the process in steps after the first, above that before the base is loaded,
+a tiny model having been trained for a step by then.
 *Time* is the median of steps after the first; measure it with nothing else running. The signed error is
 predicted / measured − 1, its mean the bias.
 """
@@ -111,6 +112,7 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
     torch.set_num_threads(threads)
     found = architecture(case.base)
     task: Any = task_for(found)
+    warm_up()
     before = psutil.Process().memory_info().rss
     base = veneer.load_base(case.base, task=task.name if found.kind == "encoder" else None, dtype=case.dtype)
     adapter = base.attach(method_class(case.method)(), "a", modules=task.head(base, seed=0))
@@ -138,6 +140,21 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
             if number == 0:  # what is done once only
                 Path("/proc/self/clear_refs").write_text("5")
         pipe.send({"memory": peak() - before, "seconds": statistics.median(seconds[1:])})
+
+
+def warm_up() -> None:
+    """A step of a tiny model, so that what every process holds (libraries, their buffers) is there before."""
+    import torch
+
+    import veneer
+    from veneer.bases.synthetic import tiny_decoder
+    from veneer.methods import method_class
+    from veneer.tasks.causal_lm import CausalLM
+
+    adapter = veneer.Base(tiny_decoder().model, None).attach(method_class("lora")(), "a").train()
+    optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
+    CausalLM().outcome(adapter, CausalLM().blank(2, 8)).loss.backward()
+    optimizer.step()
 
 
 def in_process(case: Case, threads: int, steps: int) -> dict[str, Any]:

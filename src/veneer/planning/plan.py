@@ -209,8 +209,16 @@ def plan(request: Request) -> Plan:
 
 
 def all_methods() -> list[Method]:
-    """Each with its own settings, or those it gives as an example where it can't do without."""
-    return [cls(**cls.example) for cls in methods().values()]
+    """Each with its own settings."""
+    return [with_own_settings(cls) for cls in methods().values()]
+
+
+def with_own_settings(cls: type[Method]) -> Method:
+    """A method with its defaults; with those it gives as an example, where it can't do without any."""
+    try:
+        return cls()
+    except ConfigError:
+        return cls(**cls.example)
 
 
 def _dtype(asked: str, found: Architecture) -> torch.dtype:

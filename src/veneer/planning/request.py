@@ -10,7 +10,7 @@ from veneer.bases import load_pretrained
 from veneer.errors import BaseError, ConfigError, FetchError
 from veneer.methods import Method, method_class
 from veneer.planning.machine import parse_size
-from veneer.planning.plan import Data, Request
+from veneer.planning.plan import Data, Request, with_own_settings
 from veneer.tasks import Task, choose_task, task_class
 from veneer.tasks.base import DEFAULT_MAX_LENGTH
 from veneer.training.config import RunConfig, read_config
@@ -109,4 +109,4 @@ def _methods(names: str | None, config: RunConfig, overrides: Sequence[str], has
         named = has_file or any(each.startswith("method") for each in overrides)
         return [config.method] if named else []
     chosen = [method_class(name.strip()) for name in names.split(",")]
-    return [config.method if isinstance(config.method, cls) else cls(**cls.example) for cls in chosen]
+    return [config.method if isinstance(config.method, cls) else with_own_settings(cls) for cls in chosen]
