@@ -12,6 +12,7 @@ from helpers import tiny_llama
 from veneer.methods import method_class
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tracing import Ledger, shapes_only
+from veneer.training.rehearsal import rehearsing
 
 ROWS, TOKENS = 2, 12
 
@@ -48,7 +49,7 @@ def run(method: str) -> tuple[Ledger, int]:
 @pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "full"])
 def test_shapes_alone_tell_what_real_tensors_tell(method: str) -> None:
     real, kept = run(method)
-    with shapes_only(tokens=ROWS * TOKENS, labelled=ROWS * (TOKENS - 1)):
+    with rehearsing(ROWS * TOKENS, ROWS * (TOKENS - 1)):
         dry, dry_kept = run(method)
     assert kept > 10_000
     assert dry_kept == pytest.approx(kept, rel=0.03)  # the labelled of zeros are chosen by numbers

@@ -85,6 +85,14 @@ class _Answers(TorchDispatchMode):
         places = x.new_empty(x.shape, dtype=torch.long)
         return x.new_empty(x.numel()), places, places
 
+    def choice(
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+        *how: Any, **more: Any,
+    ) -> int:  # fmt: skip
+        """The form of attention a processor takes: flash (1) where it can, else plain products (0)."""
+        learned = mask is not None and mask.requires_grad
+        return int(dropout == 0 and not learned and query.shape[-1] == value.shape[-1] and query.dim() == 4)
+
     def attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *how: Any, **more: Any) -> Any:
         """The processor's own attention, which fake tensors would take apart into what it never keeps."""
         rows, heads, queries, _ = query.shape
@@ -107,5 +115,6 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _aten.masked_select.default: _Answers.masked_select,
     _aten._unique2.default: _Answers.unique,
     _aten.bincount.default: _Answers.bincount,
+    _aten._fused_sdp_choice.default: _Answers.choice,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _Answers.attention,
 }

@@ -80,6 +80,21 @@ class Step:
         return sum(work.flops * times for work, times in self.work.items())
 
 
+@contextlib.contextmanager
+def rehearsing(tokens: int, labelled: int) -> Iterator[None]:
+    """`shapes_only`, with masks as in a real step: transformers keeps them whole where it sees fake tensors, as for
+    graphs that are to serve any mask; here the question whether all is seen has an answer."""
+    from transformers import masking_utils
+
+    usual = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        with shapes_only(tokens=tokens, labelled=labelled):
+            yield
+    finally:
+        masking_utils.is_tracing = usual
+
+
 def task_for(architecture: Architecture) -> Task | None:
     """The task a base of this kind suits best, with two labels where it needs labels; None if there is none."""
     fitting = [task for task in TASKS.values() if architecture.kind in task.kinds]
@@ -131,7 +146,7 @@ class Rehearsal:
 
     def _traced(self, layers: int, batch: Batch) -> Step:
         shallow = replace(self, architecture=self.architecture.with_layers(layers))
-        with shapes_only(tokens=batch.size, labelled=max(round(batch.size * batch.labelled), 1)):
+        with rehearsing(batch.size, max(round(batch.size * batch.labelled), 1)):
             return shallow._run(batch)
 
     def _run(self, batch: Batch) -> Step:
@@ -221,7 +236,7 @@ def served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> Step
 
 
 def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> Step:
-    with shapes_only(tokens=batch.size, labelled=batch.size), torch.no_grad():
+    with rehearsing(batch.size, batch.size), torch.no_grad():
         model = architecture.build(dtype).eval()
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
