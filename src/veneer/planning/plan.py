@@ -35,7 +35,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 GRAMS = 473.0
 """Of CO₂ a kilowatt-hour: the world's average of 2024 (Ember, Global Electricity Review 2025)."""
 HEADROOM = 0.1
-"""Share of the memory left free: predictions are held to within that."""
+"""Share of the memory left free."""
 
 
 @dataclass(frozen=True)
