@@ -53,14 +53,14 @@ def load_pretrained(
     device = _device(device)
     if quantize is not None:
         quantized.check_kind(quantize)
-    source, where = _locate(str(name), revision, no_network(offline))
+    source, where = locate(str(name), revision, no_network(offline))
     options = {**where, **config}
     try:
         with quiet():
             settings = transformers.AutoConfig.from_pretrained(source, **where)
             if quantize is not None and getattr(settings, "quantization_config", None) is not None:
                 raise BaseError(f"{name} is quantised already; leave `quantize` out.")
-            wanted = auto_class or _default_auto_class(settings)
+            wanted = auto_class or default_auto_class(settings)
             _check_kind(str(name), wanted, settings)
             cls = getattr(transformers, wanted)
             if not weights:
@@ -172,7 +172,7 @@ def _dtype(asked: torch.dtype | str, settings: Any, device: torch.device) -> tor
     return stored
 
 
-def _locate(name: str, revision: str | None, no_downloads: bool) -> tuple[str, dict[str, Any]]:
+def locate(name: str, revision: str | None, no_downloads: bool) -> tuple[str, dict[str, Any]]:
     """What to hand to ``from_pretrained``: a source and its options."""
     if name in CATALOGUE:
         return str(CATALOGUE[name].fetch(no_network=no_downloads)), {"local_files_only": True}
@@ -214,7 +214,7 @@ def _explained(name: str, error: Exception) -> BaseError | FetchError:
     )
 
 
-def _default_auto_class(settings: Any) -> str:
+def default_auto_class(settings: Any) -> str:
     """The auto class of the architecture the checkpoint was saved as, which need not be a bare backbone."""
     from transformers.models.auto import modeling_auto as auto
 

@@ -14,7 +14,9 @@ may pack the weight anew in place.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -87,6 +89,21 @@ def held(parameter: Tensor) -> int:
     state = parameter.quant_state  # type: ignore[attr-defined]
     constants = [state.absmax] + ([state.state2.absmax, state.offset] if state.nested else [])
     return parameter.nbytes + sum(each.nbytes for each in constants)  # the two grids are shared by all
+
+
+def would_hold(shape: torch.Size, kind: str) -> int:
+    """Bytes a weight ``[out, in]`` takes once it is quantised so, the constants of its blocks included."""
+    if kind == "int8":
+        return shape.numel() + 5 * shape[0]
+    blocks = math.ceil(shape.numel() / _BLOCK)
+    return math.ceil(shape.numel() / 2) + blocks + 4 * math.ceil(blocks / 256) + 4
+
+
+def chosen_maps(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Which of these maps can be quantised, and are not wanted in float32 by the architecture."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    return [path for path in paths if _can_be(model.get_submodule(path)) and kept.isdisjoint(path.split("."))]
 
 
 class _Product(torch.autograd.Function):
@@ -167,9 +184,7 @@ def quantize(model: nn.Module, kind: str, paths: list[str], device: torch.device
         BaseError: there is no such kind, its library is missing or fails, or there is nothing to quantise.
     """
     check_kind(kind)
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    chosen = [path for path in paths if _can_be(model.get_submodule(path)) and kept.isdisjoint(path.split("."))]
+    chosen = chosen_maps(model, paths)
     if not chosen:
         raise BaseError(f"{type(model).__name__} has no linear maps that could be quantised; leave `quantize` out.")
     with quiet():

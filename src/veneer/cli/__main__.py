@@ -25,6 +25,8 @@ COMMANDS = {
     "factorize": "Write a smaller base: each linear map as two thin ones.",
     "lr-find": "Find a learning rate by raising it until the loss explodes.",
     "sweep": "Search config keys for the lowest validation loss.",
+    "plan": "Show what a training takes in memory, time and storage, before anything is loaded.",
+    "advise": "Say which base, size and method suit this data and this machine, and why.",
     "doctor": "Check this machine, and train a tiny model on it.",
     "adapters": "Check that an adapter folder is intact.",
     "methods": "List the PEFT methods, or show all about one.",

@@ -149,6 +149,10 @@ class Task(BaseModel):
         """A batch of them."""
 
     @abstractmethod
+    def blank(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of so many rows, each of so many tokens, all to be learned: for what depends on sizes alone."""
+
+    @abstractmethod
     def items(self, batch: Mapping[str, Tensor]) -> int:
         """How many items of loss a batch holds (labelled tokens, or rows)."""
 

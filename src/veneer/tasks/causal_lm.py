@@ -132,6 +132,11 @@ class CausalLM(Task):
                 batch[name].append([*row[name], *[fill] * (longest - len(row[name]))])
         return {name: torch.tensor(rows) for name, rows in batch.items()}
 
+    def blank(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Zeros."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
     def items(self, batch: Mapping[str, Tensor]) -> int:
         """Labelled tokens; the first of a row is predicted from nothing and doesn't count."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -121,6 +121,12 @@ class SequenceClassification(Task):
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
 
+    def blank(self, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Zeros, of the first label."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        labels = torch.zeros(rows, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
     def items(self, batch: Mapping[str, Tensor]) -> int:
         """Rows."""
         return len(batch["labels"])

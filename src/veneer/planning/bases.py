@@ -1,0 +1,83 @@
+"""How large a base can be: the largest well-known ones of a kind whose training fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from veneer.bases.catalogue import CATALOGUE
+from veneer.bases.known import KNOWN, Known
+from veneer.errors import ConfigError
+from veneer.methods import method_class
+from veneer.methods.registry import DEFAULT
+from veneer.planning.machine import machine
+from veneer.planning.plan import HEADROOM, MethodPlan, Request, plan
+
+WAYS: tuple[Mapping[str, object], ...] = ({}, {"checkpointing": True}, {"checkpointing": True, "quantize": "nf4"})
+"""How to train, from the quickest to the most frugal."""
+_KINDS = {"AutoModelForCausalLM": "decoder", "AutoModel": "encoder", "AutoModelForSeq2SeqLM": "encoder-decoder"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The largest base that fits, trained in some way.
+
+    Attributes:
+        base: its name.
+        parameters: how many it has.
+        checkpointing: whether activations are computed again for it to fit.
+        quantize: how its weights are quantised for it to fit.
+        row: what the default method takes on it.
+        catalogued: whether its weights can be had without a hub.
+    """
+
+    base: str
+    parameters: int
+    checkpointing: bool
+    quantize: str | None
+    row: MethodPlan
+    catalogued: bool
+
+
+def largest(request: Request, kinds: tuple[str, ...]) -> list[Candidate]:
+    """The largest base that fits, for each way of training; those larger than the one before only.
+
+    Args:
+        request: but for its base and methods.
+        kinds: of base that suit the task; the first is tried only.
+
+    Raises:
+        ConfigError: not even the smallest fits.
+    """
+    memory = request.memory or machine(request.device).memory
+    method = method_class(DEFAULT)()
+    rows = {row.name: row for row in KNOWN.values() if _KINDS[row.auto_class] == kinds[0]}
+    found: list[Candidate] = []
+    for way in WAYS:
+        wanted = replace(request, methods=[method], memory=memory, **way)  # type: ignore[arg-type]
+        bits = 0.55 if wanted.quantize else 2.0  # bytes a weight at the least: those that can't fit are not tried
+        fitting = [row for row in rows.values() if row.parameters * bits <= memory * (1 - HEADROOM)]
+        best = _largest(wanted, sorted(fitting, key=lambda row: row.parameters))
+        if best is not None and (not found or best.parameters > found[-1].parameters):
+            found.append(best)
+    if not found:
+        raise ConfigError(
+            "No base known by its sizes fits into this memory with this batch; lower train.batch_size or --length."
+        )
+    return found
+
+
+def _largest(request: Request, rows: list[Known]) -> Candidate | None:
+    """By halves: what a larger base takes is taken to be more."""
+    low, high, best = 0, len(rows), None
+    while low < high:
+        middle = (low + high) // 2
+        known = rows[middle]
+        (row,) = plan(replace(request, base=known.name)).methods
+        if row.fits:
+            there = known.name in CATALOGUE or any(name in CATALOGUE for name in known.also)
+            best = Candidate(known.name, known.parameters, request.checkpointing, request.quantize, row, there)
+            low = middle + 1
+        else:
+            high = middle
+    return best

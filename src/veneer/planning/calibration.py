@@ -1,0 +1,99 @@
+"""How fast this machine is: a few products and element-wise operations, timed in a second or two.
+
+The figures are kept in the cache, for as many threads as they were measured with, so that a plan need not wait for them
+again; delete the file to have them measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from veneer.planning.machine import Machine, Rates
+from veneer.storage import cache_dir, write_json
+from veneer.training.preflight import available_memory
+
+_PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))
+"""[n, in] × [in, out], as a step has them: whole maps, thin factors, a vocabulary's chunk."""
+_NUMBERS = 1024 * 768
+_ROUNDS = 7
+
+
+def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
+    """This machine's processor, measured for these dtypes and float32."""
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    overhead, rates = _read(path)
+    wanted = {str(each).removeprefix("torch.") for each in (*dtypes, torch.float32)}
+    if missing := wanted - rates.keys():
+        overhead = overhead or _overhead()
+        rates |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
+        write_json(path, {"overhead": overhead, "rates": {name: asdict(each) for name, each in rates.items()}})
+    memory = available_memory(torch.device("cpu"))
+    return Machine(_name(), memory, rates, overhead, None, measured=True)
+
+
+def _file() -> Path:
+    return cache_dir() / "speed" / f"{platform.node() or 'here'}-{torch.get_num_threads()}-{torch.__version__}.json"
+
+
+def _read(path: Path) -> tuple[float, dict[str, Rates]]:
+    """What was measured before; nothing, if there is none or it can't be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return float(found["overhead"]), {name: Rates(**rates) for name, rates in found["rates"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0.0, {}
+
+
+def _overhead() -> float:
+    """Of an operation on a few numbers, with what autograd notes of it."""
+    few = torch.ones(8, requires_grad=True)
+    return _timed(lambda: few * few)
+
+
+def _name() -> str:
+    return f"this machine ({torch.get_num_threads()} threads, {psutil.virtual_memory().total / 2**30:.0f} GiB)"
+
+
+def _rates(dtype: torch.dtype) -> Rates:
+    rows, seconds = [], []
+    with torch.no_grad():
+        for n, width, out in _PRODUCTS:
+            x, weight = torch.randn(n, width).to(dtype), torch.randn(out, width).to(dtype)
+            number = x.element_size()
+            rows.append((2 * n * width * out, number * (n * width + width * out + n * out)))
+            seconds.append(_timed(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)))  # type: ignore[misc]
+        a, b = torch.randn(_NUMBERS).to(dtype), torch.randn(_NUMBERS).to(dtype)
+        light = _timed(lambda: a * b) / _NUMBERS
+        heavy = _timed(lambda: torch.nn.functional.silu(a)) / _NUMBERS
+    flops, streamed = _fitted(np.array(rows, float), np.array(seconds))
+    return Rates(flops, streamed, light, max(heavy, light))
+
+
+def _fitted(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """Rate and bandwidth for which the relative errors of all products are least."""
+    weighted = work / seconds[:, None]
+    costs, *_ = np.linalg.lstsq(weighted, np.ones(len(seconds)), rcond=None)
+    if (costs <= 0).any():  # one of both explains all
+        return float((work[:, 0] / seconds).max()), float((work[:, 1] / seconds).max())
+    return float(1 / costs[0]), float(1 / costs[1])
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Median of some rounds, after two that warm up."""
+    times = []
+    for _ in range(_ROUNDS + 2):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])

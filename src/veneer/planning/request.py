@@ -1,0 +1,112 @@
+"""What to plan, from a training config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.bases import load_pretrained
+from veneer.errors import BaseError, ConfigError, FetchError
+from veneer.methods import Method, method_class
+from veneer.planning.machine import parse_size
+from veneer.planning.plan import Data, Request, with_own_settings
+from veneer.tasks import Task, choose_task, task_class
+from veneer.tasks.base import DEFAULT_MAX_LENGTH
+from veneer.training.config import RunConfig, read_config
+from veneer.training.rehearsal import Batch
+from veneer.training.rows import parts_of
+
+_LENGTH = 512
+_NO_DATA = ""
+SUITED = ""
+"""In place of a base's name: any that suits."""
+
+
+def from_config(
+    arguments: Sequence[str],
+    *,
+    base: str | None = None,
+    methods: str | None = None,
+    device: str | None = None,
+    memory: str | None = None,
+    length: int | None = None,
+    labelled: float = 1.0,
+    variants: int = 100,
+    watts: float | None = None,
+    default_base: str | None = None,
+) -> Request:
+    """A request from a YAML file and overrides, as for training; data and output may be left out.
+
+    Raises:
+        ConfigError: anything is wrong with it.
+        UnknownName: there is no such method.
+        DataError: the data can't be read.
+    """
+    if not 0 < labelled <= 1:
+        raise ConfigError(f"--labelled {labelled}: a share of the tokens lies above 0, and is at most 1.")
+    has_file = bool(arguments) and "=" not in arguments[0]
+    defaults: dict[str, Any] = {"output": ".", "data": {"train": _NO_DATA}}
+    if default_base is not None:
+        defaults["base"] = default_base
+    overrides = arguments[1:] if has_file else arguments
+    config = read_config(Path(arguments[0]) if has_file else None, overrides, defaults=defaults, base=base)
+    most = config.task.get("max_length") or (_LENGTH if config.data.train == _NO_DATA else DEFAULT_MAX_LENGTH)
+    data, task = _data(config) if config.data.train != _NO_DATA else (None, None)
+    tokens = length or min(most, data.longest if data is not None else _LENGTH)
+    return Request(
+        base=config.base,
+        methods=_methods(methods, config, overrides, has_file),
+        batch=Batch(config.train.batch_size, tokens, data.labelled if data is not None else labelled),
+        accumulation=config.train.accumulation,
+        checkpointing=config.train.checkpointing,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        device=device,
+        memory=parse_size(memory) if memory is not None else None,
+        variants=variants,
+        task=task,
+        data=data,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        watts=watts,
+    )
+
+
+def _data(config: RunConfig) -> tuple[Data, Task]:
+    """What the training rows are like, and the task they ask for."""
+    rows = parts_of(config.data, config.train.seed)[0].rows
+    settings = {key: value for key, value in config.task.items() if key != "name"}
+    name = config.task.get("name") or choose_task(rows).name
+    task = task_class(name).for_rows(rows, None, **settings)
+    tokenizer = _tokenizer(config.base)
+    if tokenizer is None:
+        lengths = [sum(len(str(value)) for value in row.values() if value is not None) // 4 + 1 for row in rows]
+        lengths = [min(each, task.max_length) for each in lengths]
+        return Data(len(rows), max(lengths), sum(lengths) / len(lengths), 1.0, counted=False), task
+    if "template" not in settings and "template" in type(task).model_fields and not tokenizer.chat_template:
+        task = task.model_copy(update={"template": "plain"})
+    prepared = task.prepare(rows, tokenizer)
+    lengths = prepared.examples["length"][:]
+    learned = int(prepared.tokens.learned.sum())
+    share = min(learned / max(sum(lengths), 1), 1.0) or 1.0
+    return Data(len(lengths), prepared.longest, sum(lengths) / len(lengths), share, counted=True), task
+
+
+def _tokenizer(base: str) -> Any:
+    """The base's, where it is on this machine or can be had; None where only its sizes are known."""
+    if base == SUITED:
+        return None
+    try:
+        return load_pretrained(base, weights=False).tokenizer
+    except (BaseError, FetchError):
+        return None
+
+
+def _methods(names: str | None, config: RunConfig, overrides: Sequence[str], has_file: bool) -> list[Method]:
+    """Those named, each with the config's settings if it is the config's; the config's alone, if it names one."""
+    if names is None:
+        named = has_file or any(each.startswith("method") for each in overrides)
+        return [config.method] if named else []
+    chosen = [method_class(name.strip()) for name in names.split(",")]
+    return [config.method if isinstance(config.method, cls) else with_own_settings(cls) for cls in chosen]

@@ -1,0 +1,144 @@
+"""Memory and work of code that is run on shapes: which bytes live when, which operations touch them.
+
+Every operation's new storages are entered with what they are for, and struck out when nothing refers to them any more,
+as Python and autograd hold them: what is kept for a backward is what the code really keeps. Of each phase the moment is
+kept at which most is alive. What an operation takes and gives back inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation.
+
+    Attributes:
+        name: torch's, without its overload.
+        flops: of products, a multiply-add counted as two; 0 of all else.
+        nbytes: read and written.
+        numbers: in its greatest tensor.
+        dtype: of its first tensor.
+    """
+
+    name: str
+    flops: int
+    nbytes: int
+    numbers: int
+    dtype: torch.dtype
+
+
+class Ledger(TorchDispatchMode):
+    """Keeps the books while it is entered (around `shapes_only`'s own block: innermost).
+
+    Args:
+        vocabulary: storages with an axis of this length are logits, whatever else they would be; None for none.
+
+    Attributes:
+        work: the operations, in order.
+        peaks: phase -> bytes by kind at the moment of it at which most was alive.
+    """
+
+    def __init__(self, vocabulary: int | None = None) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.work: list[Work] = []
+        self.alive: dict[str, int] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._entered: dict[int, tuple[str, int]] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._phase, self._kind, self._most = "", "", 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str, kind: str) -> Iterator[None]:
+        """Storages made inside the block are of this kind."""
+        before = self._phase, self._kind, self._most
+        self._phase, self._kind, self._most = name, kind, -1
+        self._note()
+        try:
+            yield
+        finally:
+            self._phase, self._kind, self._most = before
+
+    def enter(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count tensors that are there already, or were counted as another kind."""
+        for tensor in tensors:
+            self._add(tensor, kind)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "aten":  # questions such as for a tensor's device
+            return result
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        for tensor in made:
+            if id(tensor.untyped_storage()) not in self._entered:
+                logits = self.vocabulary is not None and self.vocabulary in tensor.shape
+                self._add(tensor, "logits" if logits else self._kind)
+        self._record(func, args, kwargs or {}, result, made)
+        return result
+
+    def _add(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = id(storage), storage.nbytes()
+        self._strike(key)
+        self._entered[key] = (kind, nbytes)
+        self._references[key] = weakref.ref(storage, lambda _: self._strike(key))
+        self.alive[kind] = self.alive.get(kind, 0) + nbytes
+        self._note()
+
+    def _strike(self, key: int) -> None:
+        if key in self._entered:
+            kind, nbytes = self._entered.pop(key)
+            self._references.pop(key, None)
+            self.alive[kind] -= nbytes
+
+    def _note(self) -> None:
+        total = sum(self.alive.values())
+        if total > self._most:
+            self._most = total
+            self.peaks[self._phase] = dict(self.alive)
+
+    def _record(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, made: list[Tensor]) -> None:
+        packet = func._overloadpacket
+        if packet in _FREE or func.is_view:
+            return
+        read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        touched = {id(each): each for each in (*read, *made)}.values()
+        if not touched:
+            return
+        count = _COUNTS.get(packet)
+        flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
+        numbers = max(each.numel() for each in touched)
+        nbytes = sum(each.nbytes for each in touched)
+        self.work.append(Work(packet.__name__, flops, nbytes, numbers, (made or read)[0].dtype))
+
+
+_aten = torch.ops.aten
+_FREE = {_aten.detach, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.lift_fresh}
+"""Operations that touch no numbers."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+_COUNTS: dict[Any, Any] = {
+    **flop_registry,  # which leaves the processor's attention out
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -1,0 +1,227 @@
+"""Plans: the figures that are known, every method on small bases, and what users get wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import command, tiny_llama, write_jsonl
+from veneer.errors import ConfigError, UnknownName
+from veneer.methods import method_class, methods
+from veneer.planning import Plan, Request, plan
+from veneer.planning.advice import advise, learned
+from veneer.planning.machine import DEVICES, machine, parse_size
+from veneer.training.rehearsal import Batch
+
+SMALL = Batch(rows=2, tokens=16)
+GPU = "rtx-4090"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Llama."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def everything(tiny: str) -> Plan:
+    """All methods on it."""
+    return plan(Request(tiny, batch=SMALL, device=GPU))
+
+
+def figures(base: str, *names: str, **changes: object) -> Plan:
+    """A plan of some methods."""
+    chosen = [method_class(name)() for name in names]
+    return plan(Request(base, methods=chosen, batch=SMALL, device=GPU, **changes))  # type: ignore[arg-type]
+
+
+def test_every_method_is_planned(everything: Plan) -> None:
+    own = {name for name, cls in methods().items() if cls.__module__.startswith("veneer.")}
+    assert own - {row.method for row in everything.methods} == set(everything.left_out)
+    assert set(everything.left_out) <= {"head", "unilora"}  # no head of a task's own; less than unilora's bank
+    assert "head" in everything.left_out
+    for row in everything.methods:
+        parts = {name: value for name, value in row.train_memory.items() if name != "total"}
+        assert row.train_memory["total"] == sum(parts.values())
+        assert row.serve_memory["total"] == sum(v for k, v in row.serve_memory.items() if k != "total")
+        assert row.trainable > 0
+        assert row.flops_per_token > 0
+        assert row.seconds_per_step > 0
+        assert row.basis == "traced"
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "vera", "prefix", "full"])
+def test_counts_are_those_of_an_adapter(everything: Plan, tiny: str, name: str, tmp_path: Path) -> None:
+    import veneer
+
+    adapter = veneer.load_base(tiny).attach(method_class(name)(), "a")
+    row = everything.named(name)
+    assert row is not None
+    assert row.trainable == adapter.trainable
+    if name != "prefix":  # whose network goes when training ends
+        adapter.save(tmp_path / "a")
+        stored = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+        assert row.stored_bytes == pytest.approx(stored, abs=200 * len(adapter.state_dict()) + 100)
+
+
+def test_well_known_figures() -> None:
+    seven = figures("llama-2-7b", "lora")
+    assert seven.base["parameters"] == 6_738_415_616
+    assert seven.base["weight_bytes"]["bfloat16"] == 13_476_831_232  # 14 GB
+    (row,) = seven.methods
+    assert row.trainable == 39_976_960
+    assert row.stored_bytes == 4 * row.trainable
+    assert row.train_memory["weights"] == pytest.approx(13_476_831_232)
+    assert 3.4e9 < seven.base["weight_bytes"]["nf4"] < 4.2e9
+
+
+@pytest.mark.slow
+def test_many_variants_of_a_large_base() -> None:
+    seventy = figures("llama-2-70b", "ia3", "full", variants=100)
+    ia3, full = seventy.methods
+    assert full.copies
+    assert full.variants_bytes == 100 * seventy.base["weight_bytes"]["bfloat16"]  # 14 TB
+    assert 137e9 < ia3.variants_bytes < 142e9
+    counted = seventy.base["full_fine_tuning_bytes"]
+    assert 400e9 < counted["adam_16bit"] < 600e9 < counted["adam_mixed"]
+
+
+def test_quantised_weights_are_counted_as_they_are_held(tiny: str) -> None:
+    import veneer
+
+    for kind in ("nf4", "int8"):
+        row = figures(tiny, "lora", quantize=kind).methods[0]
+        assert row.basis == "analytic"
+        assert row.train_memory["weights"] == veneer.load_base(tiny, quantize=kind).nbytes
+
+
+def test_what_fits(tiny: str) -> None:
+    roomy, tight = figures(tiny, "lora", memory=10**9), figures(tiny, "lora", memory=10**6)
+    assert roomy.methods[0].fits
+    assert not tight.methods[0].fits
+    assert roomy.methods[0].largest_batch > 2 > tight.methods[0].largest_batch
+    assert advise(tight).method is None
+
+
+def test_advice_names_its_rules(everything: Plan) -> None:
+    given = advise(everything, rows=10_000, serving="many")
+    assert given.method == "lora"
+    assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "as-good", "default"]
+    kept = [set(reason.rows) for reason in given.reasons]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
+    assert "full" not in kept[1]
+    assert "prompt" in kept[1] - kept[2]  # not measured to beat a head
+    assert advise(everything, rows=100).reasons[-1].rule == "few-rows"
+
+
+def test_what_was_measured_is_of_methods_there_are() -> None:
+    assert set(learned()) <= set(methods())
+
+
+def test_sizes() -> None:
+    assert parse_size("24GB") == 24 * 10**9
+    assert parse_size("1.5 TiB") == 3 << 39
+    assert parse_size("512 m") == 512 * 10**6
+    for wrong in ("many", "-3GB", "24 GBs", "0GB"):
+        with pytest.raises(ConfigError, match="no size of memory"):
+            parse_size(wrong)
+
+
+def test_a_device_s_figures() -> None:
+    found = machine("RTX 4090")
+    assert found.memory == 24 << 30
+    assert not found.measured
+    with pytest.raises(UnknownName, match="Did you mean 'rtx-4090'"):
+        machine("rtx-490")
+    assert all(each.teraflops >= each.teraflops_32 for each in DEVICES.values())
+
+
+def test_this_machine_s_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    found = machine()
+    assert found.measured
+    assert found.rates["float32"].flops > 1e8
+    (kept,) = (tmp_path / "speed").iterdir()
+    before = kept.read_bytes()
+    assert machine().rates == found.rates
+    assert kept.read_bytes() == before
+    kept.write_text("{broken")
+    assert machine().measured
+
+
+def test_the_command(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--methods", "lora,full", "--device", GPU, "--length", "16", "--variants", "7")
+    assert command("plan", "--base", tiny, *options, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["base"]["weight_bytes"]["float32"] == 4 * told["base"]["parameters"]
+    assert [row["method"] for row in told["methods"]] == ["lora", "full"]
+    wanted = {
+        "method", "trainable", "trainable_share", "stored_bytes", "train_memory", "serve_memory", "flops_per_token",
+        "seconds_per_step", "variants_bytes",
+    }  # fmt: skip
+    assert all(wanted <= set(row) for row in told["methods"])
+    assert told["variants"] == 7
+    assert told["recommendation"]["method"] == "lora"
+    assert command("plan", "--base", tiny, *options) == 0
+    shown = capsys.readouterr().out
+    assert "recommended  lora" in shown
+    assert "times by public figures" in shown
+
+
+def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"say {number}", "completion": "yes"} for number in range(40)]
+    data = write_jsonl(folder / "data.jsonl", rows)
+    config = folder / "run.yaml"
+    config.write_text(
+        f"base: {tiny_folder}\nmethod: {{name: lora, rank: 2}}\ndata: {{train: {data}}}\noutput: runs/a\n"
+    )
+    assert command("plan", str(config), "train.batch_size=4", "train.epochs=2", "--device", GPU, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["data"]["rows"] == 36
+    assert told["data"]["counted"]
+    assert told["batch"]["tokens"] == told["data"]["longest"]
+    (row,) = told["methods"]
+    assert row["settings"]["rank"] == 2
+    assert row["run"]["steps"] == 18
+    assert row["run"]["watt_hours"] == pytest.approx(row["run"]["seconds"] * 450 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Nothing to plan yet"),
+        (("--base", "lama-2-7b"), "Did you mean 'llama-2-7b'"),
+        (("--base", "llama-2-7b", "--device", "rtx-490"), "Did you mean 'rtx-4090'"),
+        (("--base", "llama-2-7b", "--memory", "much"), "no size of memory"),
+        (("--base", "llama-2-7b", "--methods", "lorra"), "Did you mean 'lora'"),
+        (("--base", "llama-2-7b", "--labelled", "2"), "at most 1"),
+        (("--base", "llama-2-7b", "--methods", "head", "--device", GPU), "Nothing to plan on llama-2-7b: head"),
+        (("--base", "gpt2", "dtype=int4", "--device", GPU), "no dtype to plan with"),
+        (("--base", "gpt2", "method.rnk=3"), "rank"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("plan", *arguments) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert not told.out
+
+
+def test_advise_needs_something(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("advise") == 2
+    assert "Nothing to advise on yet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_largest_base_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("advise", "--device", GPU, "--length", "128", "train.batch_size=2", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    sizes = [each["parameters"] for each in told["bases"]]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 2e9
+    assert told["bases"][-1]["quantize"] == "nf4"
