@@ -25,6 +25,7 @@ COMMANDS = {
     "factorize": "Write a smaller base: each linear map as two thin ones.",
     "lr-find": "Find a learning rate by raising it until the loss explodes.",
     "sweep": "Search config keys for the lowest validation loss.",
+    "compare": "Compare methods on the same data, with full fine-tuning and the plain base beside them.",
     "doctor": "Check this machine, and train a tiny model on it.",
     "adapters": "Check that an adapter folder is intact.",
     "methods": "List the PEFT methods, or show all about one.",

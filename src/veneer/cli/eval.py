@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from veneer.cli.columns import POSITIVE
+
+if TYPE_CHECKING:
+    from veneer.evaluation import Forgetting
 
 
 def eval_(
@@ -21,18 +24,23 @@ def eval_(
     base: bool = True,
     base_model: str | None = None,
     columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    forgetting: bool = True,
+    retention: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Evaluate an adapter on held-out data, the plain base beside it.
 
     Reports loss and the task's metrics (perplexity, exact match, JSON match, accuracy), with 95 % intervals where
-    a metric is a mean over rows.
+    a metric is a mean over rows. And what the adapter has forgotten of what the base knew, on general texts, prompts
+    and questions that come with veneer (for classifiers: what is left of the base's features).
 
     Examples:
 
         veneer eval runs/answers held_out.jsonl
 
         veneer eval runs/answers held_out.jsonl --limit 200 --json
+
+        veneer eval runs/answers held_out.jsonl --retention manuals.jsonl
 
     Parameters
     ----------
@@ -54,6 +62,10 @@ def eval_(
         Where to find the base, if not where the adapter says.
     columns
         Columns under other names, e.g. prompt=question; those of the training are known.
+    forgetting
+        Measure what was forgotten, too.
+    retention
+        Files of your own to measure it on besides: with text, or prompt and completion.
     json
         Print one JSON object on stdout.
     """
@@ -73,6 +85,8 @@ def eval_(
         batch_size=batch_size,
         base=base,
         columns=mapping(columns),
+        forgetting=forgetting,
+        retention=retention,
         **longest,
         progress=lambda text: progress.print(f"[dim]evaluating {text}[/dim]"),
     )
@@ -96,3 +110,23 @@ def eval_(
         console.print(f"{report.unfinished} answers were cut short; --max-new-tokens allows longer ones.")
     for name, scores in report.by_task.items():
         console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))
+    if report.forgetting:
+        _show(report.forgetting)
+
+
+def _show(found: Forgetting) -> None:
+    from veneer.cli.output import console, table
+
+    if found.undefined:
+        console.print(f"What was forgotten is not defined here: {found.undefined}.")
+        return
+    rows = [
+        (
+            f"{change.measure} on {change.rows} {change.data}",
+            f"{change.base:.4g}",
+            f"{change.adapter:.4g}",
+            f"{change.change.value:+.3f}  [{change.change.low:+.3f}, {change.change.high:+.3f}]",
+        )
+        for change in found.changes
+    ]
+    console.print(table(("", "plain base", "adapter", "change"), rows, title="\nwhat was forgotten"))
