@@ -33,7 +33,7 @@ def compare_(
 
         veneer compare compare.yaml
 
-        veneer compare base=minilm-l6 'entries=[lora, ia3]' data.train=mails.csv data.test=held_out.csv output=runs/compare
+        veneer compare base=minilm-l6 'entries=[lora, ia3]' data.train=mails.csv data.test=new.csv output=runs/compare
 
         veneer compare compare.yaml seeds=5 --jobs 2
 

@@ -229,6 +229,8 @@ def _matched(ours: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any
         if not all(any(point.get("forgotten") is not None for point in course) for course in courses):
             continue
         target = max(min(point["loss"] for point in course) for course in courses)
+        if target >= min(course[0]["loss"] for course in courses):
+            continue  # one of them learned nothing
         pairs.append((target, *(_reached(course, target) for course in courses)))
     if not pairs:
         return None

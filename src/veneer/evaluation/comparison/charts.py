@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, _ROW, _FONT = 460, 24, 13
+WIDTH, _ROW, _FONT = 440, 24, 13.5
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
 _LABEL, _CHARACTER = 150, 6.6
 
@@ -61,28 +61,33 @@ class _Axis:
         return [tick for tick in ticks if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9) + 1e-12]
 
 
-def dots(title: str, points: Sequence[Point], unit: str, *, shown: str = "g") -> str:
-    """A line for each point, its value on the x axis with its interval; in their order."""
-    ends = [end for p in points for end in (p.x, p.low, p.high) if end is not None]
+def dots(
+    title: str, points: Sequence[Point], unit: str, *, shown: str = "g", others: Sequence[Point] | None = None
+) -> str:
+    """A line for each point, its value on the x axis with its interval, and one to compare it with; in their order."""
+    ends = [end for p in [*points, *(others or ())] for end in (p.x, p.low, p.high) if end is not None]
     axis = _axis(ends, _LABEL, WIDTH - _RIGHT)
     height = _TOP + _ROW * len(points) + _BOTTOM
     parts = _grid_x(axis, _TOP, height - _BOTTOM, shown)
     for number, point in enumerate(points):
         y = _TOP + _ROW * (number + 0.5)
-        parts.append(
-            f'<text class="name" x="{_LABEL - 10}" y="{y + 4:.1f}" text-anchor="end">{_short(point.label)}</text>'
-        )
+        parts.append(_text(_LABEL - 10, y + 4, _short(point.label), "end", "name", ready=True))
         if point.low is not None and point.high is not None:
             parts.append(_line(axis.at(point.low), y, axis.at(point.high), y, f"whisker {point.kind}"))
+        if others is not None:
+            parts.append(_line(axis.at(point.x), y, axis.at(others[number].x), y, "grid"))
+            parts.append(_mark(axis.at(others[number].x), y, others[number]))
         parts.append(_mark(axis.at(point.x), y, point))
     parts.append(_text((_LABEL + WIDTH - _RIGHT) / 2, height - 6, unit, "middle", "unit"))
     return _svg(title, height, parts)
 
 
-def scatter(title: str, points: Sequence[Point], x: str, y: str, *, logarithmic: bool = True, shown: str = "g") -> str:
-    """Points, named where there is room for the name."""
+def scatter(title: str, points: Sequence[Point], x: str, y: str, *, shown: str = "g") -> str:
+    """Points, named where there is room for the name; x by orders of magnitude where it spans more than one."""
     height = 320
-    across = _axis([p.x for p in points], _LEFT, WIDTH - _RIGHT, logarithmic=logarithmic)
+    values = [p.x for p in points]
+    wide = min(values) > 0 and max(values) / min(values) > 10
+    across = _axis(values, _LEFT, WIDTH - _RIGHT, logarithmic=wide)
     ends = [end for p in points for end in (p.y, p.low, p.high) if end is not None]
     up = _axis(ends, height - _BOTTOM, _TOP)
     parts = _grid_x(across, _TOP, height - _BOTTOM, "g") + _grid_y(up, shown)
@@ -105,8 +110,7 @@ def lines(title: str, series: Sequence[tuple[str, str, Sequence[Point]]], x: str
     legend = _legend([(label, kind) for label, kind, _ in series], height + 6)
     everything = [point for _, _, points in series for point in points]
     across = _axis([p.x for p in everything], _LEFT, WIDTH - _RIGHT, logarithmic=min(p.x for p in everything) > 0)
-    ends = [end for p in everything for end in (p.y, p.low, p.high) if end is not None]
-    up = _axis(ends, height - _BOTTOM, _TOP)
+    up = _axis([p.y for p in everything], height - _BOTTOM, _TOP)
     parts = _grid_x(across, _TOP, height - _BOTTOM, "g") + _grid_y(up, shown)
     for _, kind, points in series:
         path = " ".join(f"{across.at(p.x):.1f},{up.at(p.y):.1f}" for p in points)

@@ -18,12 +18,12 @@ Columns = Sequence[tuple[str, Sequence[str]]]
 """Titles, and a cell a line."""
 
 
-def plain(config: CompareConfig, found: Findings, told: Sequence[Verdict]) -> dict[str, Any]:
+def plain(config: CompareConfig, found: Findings, claims: Sequence[Verdict]) -> dict[str, Any]:
     """Everything, for ``results.json``."""
     return {
         "config": config.model_dump(mode="json"),
         **found.plain(),
-        "claims": [asdict(verdict) for verdict in told],
+        "claims": [asdict(verdict) for verdict in claims],
     }
 
 
@@ -35,10 +35,10 @@ def columns(found: Findings) -> Columns:
     lines, metric = found.lines, found.metric
     wanted = [
         ("", [line.label for line in lines]),
-        (metric, [_estimate(line.quality, metric) for line in lines]),
+        (metric, [told(line.quality, metric) for line in lines]),
         ("standing", [line.standing for line in lines]),
         *((f"better than {b.label} by", [_over(line, b, metric) for line in lines]) for b in baselines if b),
-        *((f"{metric} on {n}", [_estimate(line.out_of_domain.get(n), metric) for line in lines]) for n in apart),
+        *((f"{metric} on {n}", [told(line.out_of_domain.get(n), metric) for line in lines]) for n in apart),
         *((f"forgotten: {name}", [_forgotten(line, name) for line in lines]) for name in forgotten),
         ("forgotten, full fine-tuning, when as good", [_matched(line) for line in found.lines]),
         ("trained", [_share(line.costs.get("trainable_share")) for line in found.lines]),
@@ -63,17 +63,17 @@ def to_csv(found: Findings) -> str:
     return file.getvalue()
 
 
-def to_markdown(config: CompareConfig, found: Findings, told: Sequence[Verdict]) -> str:
+def to_markdown(config: CompareConfig, found: Findings, claims: Sequence[Verdict]) -> str:
     """The table, and what it says in words."""
     shown = columns(found)
     cells = zip(*(own for _, own in shown), strict=True)
     parts = ["# Comparison", summary(config, found), _table([title for title, _ in shown], cells)]
     if sizes := sorted({size for line in found.lines for size in line.sizes}):
         there = [line for line in found.lines if line.sizes]
-        rows = [[line.label, *(_estimate(line.sizes.get(n), found.metric) for n in sizes)] for line in there]
+        rows = [[line.label, *(told(line.sizes.get(n), found.metric) for n in sizes)] for line in there]
         parts += ["## By the number of training rows", _table(["", *map(str, sizes)], rows)]
-    if told:
-        rows = [[verdict.claim, f"**{verdict.verdict}**", verdict.because] for verdict in told]
+    if claims:
+        rows = [[verdict.claim, f"**{verdict.verdict}**", verdict.because] for verdict in claims]
         parts += ["## What is usually claimed", _table(["claim", "", "here"], rows)]
     failed = [f"- `{line.label}`: {why}" for line in found.lines for why in line.failed]
     if failed:
@@ -89,11 +89,13 @@ def summary(config: CompareConfig, found: Findings) -> str:
     if best is None or best.quality is None:
         return f"{about} No run has finished yet."
     near = [line.label for line in found.lines if line.standing == "within noise"]
-    lead = f"`{best.label}` has the best {found.metric}, {_estimate(best.quality, found.metric)}"
+    lead = f"`{best.label}` has the best {found.metric}, {told(best.quality, found.metric)}"
     if near:
-        lead += (
-            f", but {', '.join(f'`{name}`' for name in near)} {'is' if len(near) == 1 else 'are'} within noise of it"
-        )
+        names = ", ".join(f"`{name}`" for name in near)
+        lead += f", but {names} {'is' if len(near) == 1 else 'are'} within noise of it"
+    base = found.baseline("base")
+    if base is not None and found.lines.index(base) < found.lines.index(best):
+        lead += f"; the {base.label} itself does better"
     if best.seeds < 2:
         lead += "; with a single seed, other seeds may tell another story"
     return f"{about} {lead}."
@@ -104,7 +106,8 @@ def number(value: float, metric: str) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{value:.1%}"
 
 
-def _estimate(value: Estimate | None, metric: str) -> str:
+def told(value: Estimate | None, metric: str) -> str:
+    """An estimate with its interval."""
     if value is None:
         return ""
     return f"{number(value.mean, metric)} ({number(value.low, metric)} to {number(value.high, metric)})"
