@@ -152,7 +152,7 @@ def _line(
         standing,
         over,
         {name: estimate(score) for name, score in apart.items()},
-        _sizes(own),
+        _sizes(own) | ({main[0]["train_rows"]: estimate(quality)} if quality and _sizes(own) else {}),
         _forgetting(main),
         matched,
         {name: _mean([run.get(name) for run in main]) for name in COSTS},

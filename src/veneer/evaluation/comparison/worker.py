@@ -73,6 +73,7 @@ def work(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     adapter, result = run(config, callbacks=[meter, watch])
     task = adapter_task(adapter)
     found: dict[str, Any] = {
+        "train_rows": adapter.record["data"]["train"]["rows"],
         "steps": result.steps,
         "seconds": meter.seconds,
         "cpu_seconds": meter.cpu_seconds,
