@@ -172,6 +172,7 @@ def test_results_are_those_of_the_very_run(tmp_path: Path) -> None:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Processes that run this instead of a worker; their folder is ``folder``."""
+
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         head = f"import json, sys, time\nfolder = {command[-1]!r}\nspec = json.load(open(folder + '/spec.json'))\n"
         return PROCESS([sys.executable, "-c", head + body], **options)

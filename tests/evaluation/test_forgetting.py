@@ -186,10 +186,25 @@ def test_eval_tells_it(
     assert {"own", TEXTS} < {change["data"] for change in changes}
     assert cli("eval", "a", "rows.jsonl") == 0
     assert "what was forgotten" in capsys.readouterr().out
+    weights = Path("a/adapter_model.safetensors").read_bytes()
+    assert cli("eval", "a", "rows.jsonl", "--record") == 0
+    card = Path("a/README.md").read_text()
+    assert "2 rows of rows.jsonl" in card
+    assert "## Forgetting" in card
+    assert "| kl on 6 general texts | 0 |" in card
+    assert Path("a/adapter_model.safetensors").read_bytes() == weights
+    assert cli("adapters", "verify", "a") == 0
+    Path("a/README.md").write_text("mine")
+    assert cli("eval", "a", "rows.jsonl", "--record", "--no-forgetting") == 0
+    assert Path("a/README.md").read_text() == "mine"
+    capsys.readouterr()
     assert cli("eval", "a", "rows.jsonl", "--no-forgetting", "--json") == 0
     assert json.loads(capsys.readouterr().out)["forgetting"] is None
     assert cli("eval", "a", "rows.jsonl", "--retention", "nowhere.jsonl") == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+    Path("a/veneer.json").unlink()
+    assert cli("eval", "a", "rows.jsonl", "--record", "--no-forgetting") == 2
+    assert "no record to keep an evaluation in" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -26,6 +26,9 @@ def eval_(
     columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     forgetting: bool = True,
     retention: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
+    lm_eval: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    lm_eval_folder: Path | None = None,
+    record: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Evaluate an adapter on held-out data, the plain base beside it.
@@ -40,7 +43,9 @@ def eval_(
 
         veneer eval runs/answers held_out.jsonl --limit 200 --json
 
-        veneer eval runs/answers held_out.jsonl --retention manuals.jsonl
+        veneer eval runs/answers held_out.jsonl --retention manuals.jsonl --record
+
+        veneer eval runs/answers held_out.jsonl --lm-eval capitals --lm-eval-folder tasks
 
     Parameters
     ----------
@@ -66,12 +71,23 @@ def eval_(
         Measure what was forgotten, too.
     retention
         Files of your own to measure it on besides: with text, or prompt and completion.
+    lm_eval
+        Run these tasks of lm-evaluation-harness, too, through the adapter and the plain base; at most as many rows
+        of each as --limit says. Needs it installed: pip install 'veneer[lm-eval]'.
+    lm_eval_folder
+        Folder with task files of your own for it.
+    record
+        Keep what was found in the adapter's folder: in its record, and in its model card.
     json
         Print one JSON object on stdout.
     """
+    from dataclasses import asdict
+
     from veneer.cli.columns import mapping
     from veneer.cli.output import console, print_json, table
     from veneer.evaluation import Score, evaluate
+    from veneer.evaluation.harness import harness
+    from veneer.evaluation.record import keep
     from veneer.tasks import load_adapter
     from veneer.training.progress import console as progress
 
@@ -90,8 +106,12 @@ def eval_(
         **longest,
         progress=lambda text: progress.print(f"[dim]evaluating {text}[/dim]"),
     )
+    ran = harness(loaded, lm_eval, folder=lm_eval_folder, limit=limit) if lm_eval else []
+    if record:
+        keep(loaded, adapter, {"data": Path(data).name, **report.plain(), "lm_eval": [asdict(each) for each in ran]})
     if json:
-        print_json({"adapter_folder": str(adapter), "data": data, **report.plain()})
+        told = {"adapter_folder": str(adapter), "data": data, **report.plain()}
+        print_json(told | ({"lm_eval": [asdict(each) for each in ran]} if ran else {}))
         return
 
     def shown(score: Score | None) -> str:
@@ -112,6 +132,9 @@ def eval_(
         console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))
     if report.forgetting:
         _show(report.forgetting)
+    if ran:
+        told_tasks = [(f"{each.task}, {each.metric}", shown(each.base), shown(each.adapter)) for each in ran]
+        console.print(table(("", "plain base", "adapter"), told_tasks, title="\nlm-evaluation-harness"))
 
 
 def _show(found: Forgetting) -> None:
