@@ -48,7 +48,7 @@ def made_up(config: CompareConfig, entries: Sequence[Entry], quality: dict[str, 
     runs = schedule.plain_bases(config, entries) + schedule.searches(config, entries)
     done = []
     for run in runs + schedule.trainings(config, entries, rates):
-        right = (hard + random.normal(0, 0.02, ROWS) < quality[run.entry]).astype(float).tolist()
+        right = (hard + random.normal(0, 0.1, ROWS) < quality[run.entry]).astype(float).tolist()
         tests = {
             name: {"rows": ROWS, "metric": "accuracy", "values": right, "items": [1] * ROWS}
             for name in run.spec["tests"]
@@ -71,7 +71,7 @@ def made_up(config: CompareConfig, entries: Sequence[Entry], quality: dict[str, 
     return done
 
 
-QUALITY = {"plain base": 0.5, "lora": 0.9, "ia3": 0.895, "full": 0.91, "head": 0.7}
+QUALITY = {"plain base": 0.5, "lora": 0.9, "ia3": 0.885, "full": 0.91, "head": 0.6}
 
 
 # The config
@@ -342,7 +342,7 @@ def test_who_is_told_apart() -> None:
     assert lines["lora"].over["head"].low > 0
     assert lines["lora"].over["full"].low < 0 < lines["lora"].over["full"].high
     assert lines["lora"].quality is not None
-    assert lines["lora"].quality.mean == pytest.approx(0.9, abs=0.03)
+    assert lines["lora"].quality.mean == pytest.approx(0.87, abs=0.04)
     assert (lines["lora"].seeds, lines["full"].baseline, lines["head"].baseline) == (3, "whole", "head")
 
 
@@ -422,7 +422,7 @@ def test_files(shown: Path) -> None:
     assert float(table[0]["quality"]) == pytest.approx(found["lines"][0]["quality"]["mean"])
     text = (shown / report.MARKDOWN).read_text()
     assert "`full` has the best accuracy" in text
-    assert "are within noise of it" in text
+    assert "within noise of it" in text
     assert "| lora | 9" in text
 
 

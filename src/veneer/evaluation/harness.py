@@ -80,7 +80,7 @@ def harness(
                 pretrained=adapter.base.model, tokenizer=adapter.base.tokenizer, batch_size=batch_size
             )
             try:
-                found[name] = lm_eval.simple_evaluate(model=model, bootstrap_iters=0, **options)["results"]
+                found[name] = lm_eval.simple_evaluate(model=model, bootstrap_iters=1000, **options)["results"]
             except (OSError, ValueError) as error:
                 raise DataError(f"lm-evaluation-harness could not run {', '.join(tasks)}: {error}") from error
     return [
