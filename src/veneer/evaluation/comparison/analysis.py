@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 
+from veneer.evaluation.comparison.ladder import Ladder, ladders
 from veneer.evaluation.comparison.runner import Done
 from veneer.evaluation.comparison.schedule import IN_DOMAIN
 from veneer.evaluation.comparison.statistics import Estimate, Scores, difference, estimate, holm, of_seeds
@@ -77,13 +78,13 @@ class Findings:
         metric: what quality is.
         rows: held-out rows, by the name of their set.
         lines: the best first; those that failed last.
-        unfinished: runs still to be done.
+        ladders: methods that were compared at several sizes.
     """
 
     metric: str
     rows: Mapping[str, int]
     lines: Sequence[Line]
-    unfinished: int = 0
+    ladders: Sequence[Ladder] = ()
 
     @property
     def lower_is_better(self) -> bool:
@@ -128,7 +129,21 @@ def analyse(done: Sequence[Done]) -> Findings:
         lines.append(_line(label, own, main[label], baselines[label], standing.get(label, ""), over, matched))
     lines.sort(key=lambda line: -sign * line.quality.mean if line.quality else math.inf)
     rows = next(({name: test["rows"] for name, test in each.result["tests"].items()} for each in good), {})
-    return Findings(metric, rows, lines)
+    return Findings(metric, rows, lines, _ladders(by_entry, found, metric in LOWER_IS_BETTER))
+
+
+def _ladders(
+    by_entry: Mapping[str, Sequence[Done]], scores: Mapping[str, Scores], lower_is_better: bool
+) -> list[Ladder]:
+    def apart(one: str, other: str) -> bool:
+        found = difference(scores[one], scores[other])
+        return found is None or not found.p >= LEVEL  # one row gives no p at all
+
+    methods = {
+        label: own[0].run.spec["config"]["method"] for label, own in by_entry.items() if own[0].run.kind != "base"
+    }
+    quality = {label: float(score.means.mean()) for label, score in scores.items()}
+    return ladders(methods, quality, apart, lower_is_better=lower_is_better)
 
 
 def _line(

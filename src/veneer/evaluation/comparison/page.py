@@ -12,7 +12,7 @@ from veneer.evaluation.comparison.charts import Point, dots, lines, scatter
 from veneer.evaluation.comparison.claims import Verdict
 from veneer.evaluation.comparison.config import CompareConfig
 from veneer.evaluation.comparison.statistics import Estimate
-from veneer.evaluation.comparison.tables import columns, summary, told
+from veneer.evaluation.comparison.tables import advised, columns, summary, told
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --quiet: #59636e; --rule: #d8dee4; --card: #f6f8fa;
@@ -81,6 +81,7 @@ def page(config: CompareConfig, found: Findings, claims: Sequence[Verdict]) -> s
         _legend(),
         f'<div class="charts">{charts}</div>' if charts else "",
         _claims(claims),
+        *(f"<p>{_coded(advice)}</p>" for advice in advised(found)),
         "<h2>All figures</h2>",
         _figures(found),
         _notes(config, found),

@@ -75,6 +75,7 @@ def to_markdown(config: CompareConfig, found: Findings, claims: Sequence[Verdict
     if claims:
         rows = [[verdict.claim, f"**{verdict.verdict}**", verdict.because] for verdict in claims]
         parts += ["## What is usually claimed", _table(["claim", "", "here"], rows)]
+    parts += [f"Size: {advice}" for advice in advised(found)]
     failed = [f"- `{line.label}`: {why}" for line in found.lines for why in line.failed]
     if failed:
         parts += ["## Failed", "\n".join(failed)]
@@ -99,6 +100,21 @@ def summary(config: CompareConfig, found: Findings) -> str:
     if best.seeds < 2:
         lead += "; with a single seed, other seeds may tell another story"
     return f"{about} {lead}."
+
+
+def advised(found: Findings) -> list[str]:
+    """How large the methods that were compared at several sizes need to be."""
+    told = []
+    for ladder in found.ladders:
+        sizes = ", ".join(f"{size:g}" for size in ladder.sizes)
+        limit = (
+            f" A power law fitted to them levels off at {number(ladder.limit, found.metric)}." if ladder.limit else ""
+        )
+        told.append(
+            f"`{ladder.method}` with {ladder.setting} {ladder.advised:g} is the smallest not told from the best of "
+            f"{sizes}." + (f" A power law fitted to them levels off at {limit}." if limit else "")
+        )
+    return told
 
 
 def number(value: float, metric: str) -> str:
