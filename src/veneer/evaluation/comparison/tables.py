@@ -107,9 +107,7 @@ def advised(found: Findings) -> list[str]:
     told = []
     for ladder in found.ladders:
         sizes = ", ".join(f"{size:g}" for size in ladder.sizes)
-        limit = (
-            f" A power law fitted to them levels off at {number(ladder.limit, found.metric)}." if ladder.limit else ""
-        )
+        limit = number(ladder.limit, found.metric) if ladder.limit is not None else None
         told.append(
             f"`{ladder.method}` with {ladder.setting} {ladder.advised:g} is the smallest not told from the best of "
             f"{sizes}." + (f" A power law fitted to them levels off at {limit}." if limit else "")
