@@ -375,7 +375,9 @@ def test_verdicts_on_claims() -> None:
     graded = [v.verdict for v in verdicts(found_of(quality=worse))]
     assert graded[0] == PARTLY
     apart = ("sizes={rows: [50]}", "data.out_of_domain={mails: c.csv}")
-    assert [v.verdict for v in verdicts(found_of(*apart))][1:3] == [FAILED, FAILED]
+    assert [v.verdict for v in verdicts(found_of(*apart))][1:3] == [UNKNOWN, UNKNOWN]  # none is apart from full
+    behind = {**QUALITY, "lora": 0.5, "ia3": 0.5}
+    assert [v.verdict for v in verdicts(found_of(*apart, quality=behind))][1:3] == [FAILED, FAILED]
     better = {**QUALITY, "full": 0.5}
     assert [v.verdict for v in verdicts(found_of(*apart, quality=better))][1:3] == [HELD, HELD]
     assert verdicts(found_of("baselines=false")) == []

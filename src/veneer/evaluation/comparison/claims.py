@@ -1,7 +1,7 @@
 """What is usually said of parameter-efficient fine-tuning, and whether a comparison bears it out.
 
 A verdict needs full fine-tuning beside the methods, and an interval: a difference within noise supports "as good as",
-never "better".
+never "better", and where no interval is apart from another, there is none.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _few_rows(found: Findings, methods: Sequence[Line], whole: Line) -> Verdict:
         f"With {least} rows, the intervals of {len(better)} of {len(there)} methods lie above that of full "
         f"fine-tuning{_listed(better)}, those of {len(worse)} below."
     )
-    return Verdict(claim, _graded(len(better), len(there)), because)
+    return Verdict(claim, _graded(len(better), len(there)) if better or worse else UNKNOWN, because)
 
 
 def _out_of_domain(found: Findings, methods: Sequence[Line], whole: Line) -> Verdict:
@@ -89,7 +89,7 @@ def _out_of_domain(found: Findings, methods: Sequence[Line], whole: Line) -> Ver
         f"On {', '.join(names)}, the intervals of {len(better)} of {len(pairs)} lie above that of full "
         f"fine-tuning{_listed(better)}, those of {len(worse)} below."
     )
-    return Verdict(claim, _graded(len(better), len(pairs)), because)
+    return Verdict(claim, _graded(len(better), len(pairs)) if better or worse else UNKNOWN, because)
 
 
 def _forgets_less(methods: Sequence[Line], whole: Line) -> Verdict:
@@ -99,7 +99,7 @@ def _forgets_less(methods: Sequence[Line], whole: Line) -> Verdict:
         less = [line for line in methods if line.matched and line.matched["forgotten"] < line.matched["whole"]]
         because = f"Where both had learned equally much, {len(less)} of {len(matched)} methods had forgotten less"
         return Verdict(claim, _graded(len(less), len(matched)), f"{because}{_listed(less)}.")
-    return Verdict(claim, UNKNOWN, "Forgetting was not measured in the course of the runs.")
+    return Verdict(claim, UNKNOWN, "Forgetting was not followed through the runs, or their validation loss never fell.")
 
 
 def _cheaper(claim: str, methods: Sequence[Line], whole: Line, cost: str, of: str) -> Verdict:

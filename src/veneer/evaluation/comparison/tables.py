@@ -86,7 +86,7 @@ def summary(config: CompareConfig, found: Findings) -> str:
     """Who is best, and who is not told apart from it, in a few sentences."""
     best = next((line for line in found.lines if line.standing == "best"), None)
     rows = ", ".join(f"{count:,} held-out rows of {name}" for name, count in found.rows.items())
-    about = f"{config.base or 'several bases'}; {config.seeds} seeds; {rows}."
+    about = f"{config.base or 'several bases'}; {config.seeds} seed{'s' if config.seeds > 1 else ''}; {rows}."
     if best is None or best.quality is None:
         return f"{about} No run has finished yet."
     near = [line.label for line in found.lines if line.standing == "within noise"]
