@@ -20,6 +20,7 @@ import veneer
 from helpers import sums, tiny_bert, tiny_llama, write_jsonl
 from veneer.bases.catalogue import CATALOGUE
 from veneer.cli.__main__ import COMMANDS
+from veneer.cli.reference import PAGES as PAGES_OF_SETTINGS
 from veneer.cli.reference import commands, filled
 from veneer.data.catalogue import DATASETS
 from veneer.tasks.causal_lm import CausalLM
@@ -129,7 +130,7 @@ def test_every_command_is_shown_somewhere() -> None:
 
 def test_what_is_written_from_the_code_is_up_to_date() -> None:
     assert (DOCS / "commands.md").read_text(encoding="utf-8") == commands(), "run `make docs`"
-    for name in ("configs.md", "distilling.md"):
+    for name in PAGES_OF_SETTINGS:
         page = (DOCS / name).read_text(encoding="utf-8")
         assert page == filled(page), "run `make docs`"
 

@@ -48,7 +48,7 @@ def demo(output: Path, *, say: Callable[[str], None]) -> tuple[Result, Report, l
     )
     adapter.save(output)
     say(f"Asking base and adapter about {len(held_out)} messages neither has seen ...")
-    report = evaluate(adapter, held_out, task=task, batch_size=32)
+    report = evaluate(adapter, held_out, task=task, batch_size=32, forgetting=False)
     return result, report, list(held_out)
 
 

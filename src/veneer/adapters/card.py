@@ -40,6 +40,11 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
         parts.append(_list("Settings", [f"{key}: {_said(value)}" for key, value in shown.items()]))
     if result:
         parts.append(_measured(result))
+    if evaluation := record.get("evaluation"):
+        parts.append(_evaluated(evaluation))
+        parts += _forgotten(evaluation.get("forgetting"))
+    if plan := record.get("plan"):
+        parts.append(_list("Plan", [f"{key}: {_said(value)}" for key, value in plan.items()]))
     parts.append(
         _list("Versions", [f"{name}: {value}" for name, value in {**versions, **record.get("versions", {})}.items()])
     )
@@ -77,6 +82,41 @@ def _measured(result: Mapping[str, Any]) -> str:
             )
             lines.append(f"On {old['rows']} held-out rows of {old['data']}, learned before: {said}.")
     return "\n\n".join([*lines, *(f"Note: {told}" for told in result.get("warnings", ()))])
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> str:
+    base, beside = evaluation.get("base") or {}, evaluation.get("compared_with") or ""
+    rows = [f"| {name} | {_score(score)} | {_score(base.get(name))} |" for name, score in evaluation["adapter"].items()]
+    rows += [
+        f"| {each['task']}, {each['metric']} | {_score(each['adapter'])} | {_score(each['base'])} |"
+        for each in evaluation.get("lm_eval", ())
+    ]
+    told = f"{evaluation['rows']:,} rows of {evaluation['data']}, 95 % intervals."
+    return f"## Evaluation\n\n{told}\n\n" + "\n".join([f"| | adapter | {beside} |", "|---|---|---|", *rows])
+
+
+def _forgotten(found: Mapping[str, Any] | None) -> list[str]:
+    """What an evaluation found to be forgotten; nothing where it was not measured."""
+    if not found:
+        return []
+    title = "## Forgetting"
+    if found.get("undefined"):
+        return [f"{title}\n\nNot defined here: {found['undefined']}."]
+    rows = [
+        f"| {change['measure']} on {change['rows']} {change['data']} | {_number(change['base'])} | "
+        f"{_number(change['adapter'])} | {_score(change['change'])} |"
+        for change in found["changes"]
+    ]
+    told = "On what the adaptation never saw, with the adapter on; kl and loss in nats a token."
+    table = "\n".join(["| | base | adapter | change |", "|---|---|---|---|", *rows])
+    return [f"{title}\n\n{told}\n\n{table}"]
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if not score:
+        return ""
+    interval = f" ({_number(score['low'])} to {_number(score['high'])})" if score.get("low") is not None else ""
+    return _number(score["value"]) + interval
 
 
 def _hub_data(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:

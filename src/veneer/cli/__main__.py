@@ -27,6 +27,7 @@ COMMANDS = {
     "sweep": "Search config keys for the lowest validation loss.",
     "plan": "Show what a training takes in memory, time and storage, before anything is loaded.",
     "advise": "Say which base, size and method suit this data and this machine, and why.",
+    "compare": "Compare methods on the same data, with full fine-tuning and the plain base beside them.",
     "doctor": "Check this machine, and train a tiny model on it.",
     "adapters": "Check that an adapter folder is intact.",
     "methods": "List the PEFT methods, or show all about one.",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from veneer.cli.columns import POSITIVE
+
+if TYPE_CHECKING:
+    from veneer.evaluation import Forgetting
 
 
 def eval_(
@@ -21,18 +24,28 @@ def eval_(
     base: bool = True,
     base_model: str | None = None,
     columns: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    forgetting: bool = True,
+    retention: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
+    lm_eval: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    lm_eval_folder: Path | None = None,
+    record: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Evaluate an adapter on held-out data, the plain base beside it.
 
     Reports loss and the task's metrics (perplexity, exact match, JSON match, accuracy), with 95 % intervals where
-    a metric is a mean over rows.
+    a metric is a mean over rows. And what the adapter has forgotten of what the base knew, on general texts, prompts
+    and questions that come with veneer (for classifiers: what is left of the base's features).
 
     Examples:
 
         veneer eval runs/answers held_out.jsonl
 
         veneer eval runs/answers held_out.jsonl --limit 200 --json
+
+        veneer eval runs/answers held_out.jsonl --retention manuals.jsonl --record
+
+        veneer eval runs/answers held_out.jsonl --lm-eval capitals --lm-eval-folder tasks
 
     Parameters
     ----------
@@ -54,12 +67,27 @@ def eval_(
         Where to find the base, if not where the adapter says.
     columns
         Columns under other names, e.g. prompt=question; those of the training are known.
+    forgetting
+        Measure what was forgotten, too.
+    retention
+        Files of your own to measure it on besides: with text, or prompt and completion.
+    lm_eval
+        Run these tasks of lm-evaluation-harness, too, through the adapter and the plain base; at most as many rows
+        of each as --limit says. Needs it installed: pip install 'veneer[lm-eval]'.
+    lm_eval_folder
+        Folder with task files of your own for it.
+    record
+        Keep what was found in the adapter's folder: in its record, and in its model card.
     json
         Print one JSON object on stdout.
     """
+    from dataclasses import asdict
+
     from veneer.cli.columns import mapping
     from veneer.cli.output import console, print_json, table
     from veneer.evaluation import Score, evaluate
+    from veneer.evaluation.harness import harness
+    from veneer.evaluation.record import keep
     from veneer.tasks import load_adapter
     from veneer.training.progress import console as progress
 
@@ -73,11 +101,17 @@ def eval_(
         batch_size=batch_size,
         base=base,
         columns=mapping(columns),
+        forgetting=forgetting,
+        retention=retention,
         **longest,
         progress=lambda text: progress.print(f"[dim]evaluating {text}[/dim]"),
     )
+    ran = harness(loaded, lm_eval, folder=lm_eval_folder, limit=limit) if lm_eval else []
+    if record:
+        keep(loaded, adapter, {"data": Path(data).name, **report.plain(), "lm_eval": [asdict(each) for each in ran]})
     if json:
-        print_json({"adapter_folder": str(adapter), "data": data, **report.plain()})
+        told = {"adapter_folder": str(adapter), "data": data, **report.plain()}
+        print_json(told | ({"lm_eval": [asdict(each) for each in ran]} if ran else {}))
         return
 
     def shown(score: Score | None) -> str:
@@ -96,3 +130,26 @@ def eval_(
         console.print(f"{report.unfinished} answers were cut short; --max-new-tokens allows longer ones.")
     for name, scores in report.by_task.items():
         console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))
+    if report.forgetting:
+        _show(report.forgetting)
+    if ran:
+        told_tasks = [(f"{each.task}, {each.metric}", shown(each.base), shown(each.adapter)) for each in ran]
+        console.print(table(("", "plain base", "adapter"), told_tasks, title="\nlm-evaluation-harness"))
+
+
+def _show(found: Forgetting) -> None:
+    from veneer.cli.output import console, table
+
+    if found.undefined:
+        console.print(f"What was forgotten is not defined here: {found.undefined}.")
+        return
+    rows = [
+        (
+            f"{change.measure} on {change.rows} {change.data}",
+            f"{change.base:.4g}",
+            f"{change.adapter:.4g}",
+            f"{change.change.value:+.3f}  [{change.change.low:+.3f}, {change.change.high:+.3f}]",
+        )
+        for change in found.changes
+    ]
+    console.print(table(("", "plain base", "adapter", "change"), rows, title="\nwhat was forgotten"))

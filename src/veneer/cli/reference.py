@@ -1,7 +1,6 @@
 """The parts of the documentation that the code knows best: ``python -m veneer.cli.reference docs``.
 
-Writes ``commands.md`` from the commands' help, and fills the tables of settings in ``configs.md`` and
-``distilling.md``.
+Writes ``commands.md`` from the commands' help, and fills the tables of settings in `PAGES`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ Written from the commands' own help by `make docs`; `veneer COMMAND --help` says
 [their own page](configs.md). A mistake gives one message on stderr and exit code 2; Ctrl-C gives 130.
 
 """
+PAGES = ("configs.md", "distilling.md", "comparing.md")
+"""Pages with tables of settings."""
 _TABLE = re.compile(r"(<!-- settings: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -69,5 +70,5 @@ def _plain(value: object) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     write_text(folder / "commands.md", commands())
-    for page in ("configs.md", "distilling.md"):
+    for page in PAGES:
         write_text(folder / page, filled((folder / page).read_text(encoding="utf-8")))

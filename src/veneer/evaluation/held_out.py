@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,26 +14,14 @@ from torch import nn
 from veneer.adapters import Adapter
 from veneer.data import read
 from veneer.evaluation.columns import mapping
-from veneer.evaluation.intervals import of_mean
+from veneer.evaluation.forgetting import Forgetting
+from veneer.evaluation.forgetting import forgetting as measure_forgetting
+from veneer.evaluation.scores import Score
 from veneer.tasks import Prepared, Task, adapter_task
 from veneer.tasks.measuring import measure
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric, with its 95 % interval where it is a mean over rows."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Score:
-        """Of one value a row."""
-        return cls(fmean(values), *of_mean(values))
 
 
 @dataclass(frozen=True)
@@ -53,6 +41,7 @@ class Report:
         dropped: rows left out, with nothing within it to be evaluated on.
         unfinished: answers that were cut at the most tokens allowed.
         seconds: it took.
+        forgetting: what was forgotten of what the base knew, if that was measured.
     """
 
     task: str
@@ -67,6 +56,7 @@ class Report:
     dropped: int
     unfinished: int
     seconds: float
+    forgetting: Forgetting | None = None
 
     def plain(self) -> dict[str, Any]:
         """As plain values for JSON, without the predictions."""
@@ -85,6 +75,7 @@ class Report:
             "unfinished": self.unfinished,
             "by_task": {name: scores(of) for name, of in self.by_task.items()},
             "seconds": self.seconds,
+            "forgetting": self.forgetting.plain() if self.forgetting else None,
         }
 
 
@@ -98,6 +89,8 @@ def evaluate(
     batch_size: int = 16,
     split: str = "test",
     columns: Mapping[str, str] | None = None,
+    forgetting: bool = True,
+    retention: Sequence[str | Path] = (),
     progress: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Report:
@@ -112,6 +105,8 @@ def evaluate(
         batch_size: rows a batch.
         split: of a hub or catalogue data set.
         columns: our name of a column -> its name in the data; by default as in training.
+        forgetting: whether to measure what was forgotten, too, on general texts: `veneer.evaluation.forgetting`.
+        retention: files of your own to measure it on besides.
         progress: told what is being done.
         options: of the task's predictions, e.g. ``max_new_tokens``.
 
@@ -135,6 +130,9 @@ def evaluate(
             theirs = _evaluated(task, adapter, adapter.base.model, rows, prepared, batch_size, options)
     elif base:
         theirs = _Evaluated({}, task.commonest(list(rows)), [])
+    if forgetting:
+        progress("what was forgotten: general texts")
+    forgotten = measure_forgetting(adapter, task=task, own=retention) if forgetting else None
     return Report(
         task=task.name,
         rows=len(rows),
@@ -148,6 +146,7 @@ def evaluate(
         dropped=prepared.dropped,
         unfinished=sum(not answer.get("finished", True) for answer in ours.predictions),
         seconds=time.perf_counter() - started,
+        forgetting=forgotten,
     )
 
 

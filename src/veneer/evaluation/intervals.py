@@ -31,3 +31,21 @@ def of_mean(values: Sequence[float], confidence: float = 0.95) -> tuple[float, f
         return mean, mean
     spread = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
     return mean - spread, mean + spread
+
+
+def of_ratio(sums: Sequence[float], weights: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Σ sums / Σ weights over rows, and its interval, by linearisation (Cochran 1977, *Sampling Techniques*, §6.3).
+
+    The mean over items (tokens) of rows that have unequally many of them; rows are what is drawn at random. Rows
+    without items don't count.
+    """
+    pairs = [(value, weight) for value, weight in zip(sums, weights, strict=True) if weight > 0]
+    if not pairs:
+        raise ValueError("An interval needs at least one row.")
+    whole = sum(weight for _, weight in pairs)
+    ratio = sum(value for value, _ in pairs) / whole
+    if len(pairs) < 2:
+        return ratio, ratio, ratio
+    apart = [(value - ratio * weight) * len(pairs) / whole for value, weight in pairs]
+    spread = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(apart) / math.sqrt(len(pairs))
+    return ratio, ratio - spread, ratio + spread

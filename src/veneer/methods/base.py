@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -157,6 +157,8 @@ class Method(BaseModel):
     """Settings to try it with, if it can't do without any."""
     learning_rate: ClassVar[float]
     """A default that learns."""
+    baseline: ClassVar[Literal["whole", "head"] | None] = None
+    """What it is a baseline for in comparisons: training the whole base, or nothing of it but the task's head."""
     conditioned: ClassVar[bool] = False
     """Whether it acts by what each row is told of its task."""
     row_mixable: ClassVar[bool] = True

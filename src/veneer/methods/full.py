@@ -15,7 +15,7 @@ moments are four numbers for each of the base's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Full(Method):
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "full fine-tuning: the baseline to compare with"
     learning_rate: ClassVar[float] = 5e-5
+    baseline: ClassVar[Literal["whole", "head"] | None] = "whole"
     peft_type: ClassVar[str] = "VENEER_FULL"
     row_mixable: ClassVar[bool] = False
 

@@ -6,7 +6,7 @@ The baseline every adapter on a classification task has to beat (linear probing)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class HeadOnly(Method):
     name: ClassVar[str] = "head"
     summary: ClassVar[str] = "trains the task's head only: the baseline for classification"
     learning_rate: ClassVar[float] = 2e-2
+    baseline: ClassVar[Literal["whole", "head"] | None] = "head"
     peft_type: ClassVar[str] = "VENEER_HEAD"
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:

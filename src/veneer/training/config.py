@@ -158,6 +158,15 @@ def read_config(
     Raises:
         ConfigError: the file cannot be read, or anything is wrong in either.
     """
+    return RunConfig.parse({**(defaults or {}), **read_values(file, overrides, **given)})
+
+
+def read_values(file: Path | None, overrides: Sequence[str], **given: Any) -> dict[str, Any]:
+    """What `read_config` reads, as plain values that nothing is checked of yet.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
     values: dict[str, Any] = {}
     if file is not None:
         try:
@@ -171,8 +180,7 @@ def read_config(
         values = loaded
     for override in overrides:
         _override(values, override)
-    given = {key: value for key, value in given.items() if value is not None}
-    return RunConfig.parse({**(defaults or {}), **values, **given})
+    return {**values, **{key: value for key, value in given.items() if value is not None}}
 
 
 _SLICE = re.compile(r"-?\d*:(-?\d+)?")
@@ -265,8 +273,9 @@ def _nearest(path: Sequence[str], cls: type[BaseModel]) -> str:
     for method in methods().values():
         if wrong in method.peft_names:
             return f" It is called method.{method.peft_names[wrong]} here."
+    sections: Mapping[str, type[BaseModel]] = getattr(cls, "SECTIONS", RunConfig.SECTIONS)
     for part in path[:-1]:
-        cls = RunConfig.SECTIONS.get(part, cls)
+        cls = sections.get(part, cls)
     hint = did_you_mean(wrong, cls.model_fields)
-    homes = [name for name, section in RunConfig.SECTIONS.items() if wrong in section.model_fields]
+    homes = [name for name, section in sections.items() if wrong in section.model_fields]
     return hint or (f" Did you mean {homes[0]}.{wrong}?" if homes else _known(cls))

@@ -74,6 +74,7 @@ def fit(
     resume: Path | None = None,
     begin: Callable[[], None] = lambda: None,
     distillation: Distillation | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Train ``adapter`` on checked data in the run folder ``output``, from the checkpoint ``resume`` if there is one.
 
@@ -93,17 +94,17 @@ def fit(
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)
     patience, overfitting = Patience(settings.patience or 0), Overfitting(settings.keep_best)
     interruption = Interruption()
-    callbacks: list[Any] = [progress, RunningAway(), interruption, Pace(base.device, console)]
-    callbacks.append(Schedule(settings.checkpoint_interval, lambda: trainer.save_seconds))
+    watching: list[Any] = [progress, RunningAway(), interruption, Pace(base.device, console), *callbacks]
+    watching.append(Schedule(settings.checkpoint_interval, lambda: trainer.save_seconds))
     if validation is not None and settings.samples:
         held_out = checked.parts[VALIDATION].rows
-        callbacks.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
+        watching.append(Samples(adapter, task, list(held_out.select(range(min(settings.samples, len(held_out)))))))
     if validation is not None:
-        callbacks += [overfitting, patience] if settings.patience else [overfitting]
+        watching += [overfitting, patience] if settings.patience else [overfitting]
     try:
         conduct = Conduct(adapter, resume)
         limit = settings.tokens_of_a_pass(base.device)
-        trainer = Trainer(adapter, task, train_set, validation, arguments, callbacks, conduct, distillation, limit)
+        trainer = Trainer(adapter, task, train_set, validation, arguments, watching, conduct, distillation, limit)
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error
     begin()

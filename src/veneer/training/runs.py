@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,12 +90,15 @@ def train(
     return result
 
 
-def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> tuple[Adapter, Result]:
+def run(
+    config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None, callbacks: Sequence[Any] = ()
+) -> tuple[Adapter, Result]:
     """A whole run: load base and data, attach, train, save. A run that was cut off goes on where it was.
 
     Args:
         config: of the run.
         as_recorded: an adapter's training record, if data and base are to be those it tells of.
+        callbacks: of transformers, to watch it besides.
 
     Raises:
         OutputError: the output folder holds a finished run, one with another config, or one that goes on.
@@ -136,6 +139,7 @@ def run(config: RunConfig, *, as_recorded: Mapping[str, Any] | None = None) -> t
                 resume=resume,
                 begin=lambda: folder.start(output, config.plain(), started),
                 distillation=distillation,
+                callbacks=callbacks,
             )
         except TrainingError as error:
             raise TrainingError(
