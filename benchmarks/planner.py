@@ -9,8 +9,8 @@ Each combination of base, method, batch, dtype, checkpointing and share of label
 as training does it: forward, loss, backward, clipping, AdamW, with memory kept between steps. Predicted and measured
 are a line each of ``benchmarks/results/planner.jsonl``.
 
-*Memory* is the greatest resident size of the process in steps after the first, above that before the base is loaded,
-a tiny model having been trained for a step by then.
+*Memory* is the greatest resident size of the process in steps after the first, above that with the base loaded and
+run on a few tokens, and the bytes of its weights.
 *Time* is the median of steps after the first; measure it with nothing else running. The signed error is
 predicted / measured − 1, its mean the bias.
 """
@@ -27,8 +27,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from benchmarks.train_step import peak
 
 RESULTS = Path(__file__).parent / "results" / "planner.jsonl"
 STEPS = 5
@@ -99,10 +97,10 @@ def predicted(case: Case) -> dict[str, Any]:
 
 def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
     """Load, train a few steps, tell."""
-    import psutil
     import torch
 
     import veneer
+    from benchmarks.memory import forget_peak, held, peak
     from veneer.bases.architecture import architecture
     from veneer.methods import method_class
     from veneer.training.allocator import kept_memory
@@ -112,9 +110,10 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
     torch.set_num_threads(threads)
     found = architecture(case.base)
     task: Any = task_for(found)
-    warm_up()
-    before = psutil.Process().memory_info().rss
     base = veneer.load_base(case.base, task=task.name if found.kind == "encoder" else None, dtype=case.dtype)
+    with torch.no_grad():
+        base.model(input_ids=torch.arange(8)[None])
+    before = held(base.device) - base.nbytes
     adapter = base.attach(method_class(case.method)(), "a", modules=task.head(base, seed=0))
     if case.checkpointing:
         base.enable_checkpointing()
@@ -138,23 +137,8 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
             if number == 0:  # what is done once only
-                Path("/proc/self/clear_refs").write_text("5")
-        pipe.send({"memory": peak() - before, "seconds": statistics.median(seconds[1:])})
-
-
-def warm_up() -> None:
-    """A step of a tiny model, so that what every process holds (libraries, their buffers) is there before."""
-    import torch
-
-    import veneer
-    from veneer.bases.synthetic import tiny_decoder
-    from veneer.methods import method_class
-    from veneer.tasks.causal_lm import CausalLM
-
-    adapter = veneer.Base(tiny_decoder().model, None).attach(method_class("lora")(), "a").train()
-    optimizer = torch.optim.AdamW(adapter.parameters(), fused=True)
-    CausalLM().outcome(adapter, CausalLM().blank(2, 8)).loss.backward()
-    optimizer.step()
+                forget_peak(base.device)
+        pipe.send({"memory": peak(base.device) - before, "seconds": statistics.median(seconds[1:])})
 
 
 def in_process(case: Case, threads: int, steps: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def plain(found: Plan, advice: Advice) -> dict[str, Any]:
     request = found.request
     return {
         "base": found.base,
-        "batch": asdict(request.batch) | {"accumulation": request.accumulation, "checkpointing": request.checkpointing},
+        "batch": asdict(request.batch) | {"passes": request.passes, "checkpointing": request.checkpointing},
         "machine": {
             "name": found.machine.name,
             "memory": found.memory,
@@ -122,7 +122,8 @@ def show(found: Plan, advice: Advice) -> None:
     from veneer.training.progress import size
 
     request, base, batch = found.request, found.base, found.request.batch
-    told = f"{batch.rows} × {batch.tokens} tokens" + (", checkpointed" if request.checkpointing else "")
+    passes = f"{request.passes} passes of " if request.passes > 1 else ""
+    told = f"{passes}{batch.rows} × {batch.tokens} tokens" + (", checkpointed" if request.checkpointing else "")
     console.print(
         f"[bold]{base['name']}[/bold]  {base['parameters']:,} parameters, {base['dtype']}: "
         f"{size(base['weight_bytes'][base['dtype']])}  ·  {told}  ·  {found.machine.name}, {size(found.memory)}"
@@ -136,7 +137,7 @@ def show(found: Plan, advice: Advice) -> None:
     console.print(table(heads, [_cells(row) for row in found.methods]))
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
-    notes = ["train, serve: peak memory; rows: the largest batch that fits, about"]
+    notes = ["train, serve: peak memory; rows: the largest pass that fits, about"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]
     notes += ["quantised weights counted analytically"] if request.quantize else []
     console.print("; ".join(notes), style="dim")

@@ -26,6 +26,8 @@ _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576,
 """[n, in] × [in, out], as a step has them: whole maps, thin factors, a vocabulary's chunk."""
 _NUMBERS = 1024 * 768
 _ROUNDS = 7
+_CACHES = 64 << 20
+"""Bytes that drive everything else out of a processor's caches."""
 
 
 def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
@@ -90,9 +92,10 @@ def _fitted(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Median of some rounds, after two that warm up."""
-    times = []
+    """Median of some rounds, after two that warm up; from memory, as in a step, where much happens in between."""
+    times, elsewhere = [], torch.zeros(_CACHES, dtype=torch.uint8)
     for _ in range(_ROUNDS + 2):
+        elsewhere.add_(1)
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)

@@ -26,6 +26,8 @@ STREAMED = 0.8
 """Share of a GPU's published bandwidth that element-wise operations reach."""
 LAUNCH = 4e-6
 """Seconds a GPU's operation takes at least."""
+HERE = (None, "here", "cpu")
+"""Names of this machine."""
 _HEAVY = re.compile(
     r"exp|log|silu|gelu|tanh|sigmoid|softmax|pow|rsqrt|sqrt|layer_norm|dropout|bernoulli|cos|sin|erf|sort|topk|norm"
 )
@@ -139,7 +141,7 @@ def machine(name: str | None = None, *, dtypes: tuple[torch.dtype, ...] = ()) ->
     Raises:
         UnknownName: no figures of such a device are known.
     """
-    if name is None or name in ("here", "cpu"):
+    if name in HERE:
         from veneer.planning.calibration import this_machine
 
         return this_machine(dtypes)

@@ -65,7 +65,8 @@ class Request:
         base: a hub id, folder, catalogue name, or well-known architecture.
         methods: which; all, each with its own settings, if none are given.
         batch: one pass of a step.
-        accumulation: passes a step.
+        passes: of a step.
+        step_rows: of all of its passes; by default as many as these hold.
         checkpointing: whether activations are computed again.
         dtype: the base's; ``auto`` as it was published.
         quantize: ``nf4``, ``int8`` or None.
@@ -83,7 +84,8 @@ class Request:
     base: str
     methods: Sequence[Method] = ()
     batch: Batch = field(default_factory=Batch)
-    accumulation: int = 1
+    passes: int = 1
+    step_rows: int | None = None
     checkpointing: bool = False
     dtype: str = "auto"
     quantize: str | None = None
@@ -132,7 +134,7 @@ class MethodPlan:
         variants_bytes: of as many variants as asked for.
         copies: whether each variant is a whole copy of the base.
         fits: whether training does, with some room left.
-        largest_batch: rows that would still fit.
+        largest_batch: rows of a pass that would still fit.
         run: the whole training, where the data are known.
         basis: ``traced`` from the code's own shapes, or ``analytic`` where quantised weights are counted.
     """
@@ -284,7 +286,7 @@ class _Planner:
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
-        seconds = self.machine.seconds(step.work) * request.accumulation
+        seconds = self.machine.seconds(step.work) * request.passes
         return MethodPlan(
             method=method.name,
             settings=method.model_dump(mode="json"),
@@ -307,7 +309,8 @@ class _Planner:
         request, data = self.request, self.request.data
         if data is None:
             return None
-        steps = request.max_steps or math.ceil(data.rows * request.epochs / (request.batch.rows * request.accumulation))
+        rows = request.step_rows or request.batch.rows * request.passes
+        steps = request.max_steps or math.ceil(data.rows * request.epochs / rows)
         seconds *= steps * data.mean / request.batch.tokens
         watts = request.watts or self.machine.watts
         hours = None if watts is None else watts * seconds / 3600

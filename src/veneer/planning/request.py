@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer.bases import load_pretrained
 from veneer.errors import BaseError, ConfigError, FetchError
 from veneer.methods import Method, method_class
-from veneer.planning.machine import parse_size
+from veneer.planning.machine import HERE, parse_size
 from veneer.planning.plan import Data, Request, with_own_settings
 from veneer.tasks import Task, choose_task, task_class
 from veneer.tasks.base import DEFAULT_MAX_LENGTH
@@ -54,11 +57,13 @@ def from_config(
     most = config.task.get("max_length") or (_LENGTH if config.data.train == _NO_DATA else DEFAULT_MAX_LENGTH)
     data, task = _data(config) if config.data.train != _NO_DATA else (None, None)
     tokens = length or min(most, data.longest if data is not None else _LENGTH)
+    rows, passes = _passes(config, tokens, torch.device("cpu" if device in HERE else "cuda"))
     return Request(
         base=config.base,
         methods=_methods(methods, config, overrides, has_file),
-        batch=Batch(config.train.batch_size, tokens, data.labelled if data is not None else labelled),
-        accumulation=config.train.accumulation,
+        batch=Batch(rows, tokens, data.labelled if data is not None else labelled),
+        passes=passes,
+        step_rows=config.train.batch_size * config.train.accumulation,
         checkpointing=config.train.checkpointing,
         dtype=config.dtype,
         quantize=config.quantize,
@@ -71,6 +76,13 @@ def from_config(
         max_steps=config.train.max_steps,
         watts=watts,
     )
+
+
+def _passes(config: RunConfig, tokens: int, device: torch.device) -> tuple[int, int]:
+    """Rows of a forward pass, and how many passes an optimiser step has."""
+    rows, limit = config.train.batch_size, config.train.tokens_of_a_pass(device)
+    parts = math.ceil(rows / max(limit // tokens, 1)) if limit else 1
+    return math.ceil(rows / parts), parts * config.train.accumulation
 
 
 def _data(config: RunConfig) -> tuple[Data, Task]:
