@@ -132,6 +132,7 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
             began = time.perf_counter()
             outcome = task.outcome(adapter, batch)
             (outcome.loss / outcome.items).backward()
+            del outcome  # it holds on to the graph
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 
-from veneer.planning.machine import Machine, Rates
+from veneer.planning.machine import GAPS, Machine, Rates
 from veneer.storage import cache_dir, write_json
 from veneer.training.preflight import available_memory
 
@@ -26,8 +26,8 @@ _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576,
 """[n, in] × [in, out], as a step has them: whole maps, thin factors, a vocabulary's chunk."""
 _NUMBERS = 1024 * 768
 _ROUNDS = 7
-_CACHES = 64 << 20
-"""Bytes that drive everything else out of a processor's caches."""
+_CACHES = 8 << 20
+"""Bytes that are touched in between: enough for the caches of a core, not for those that all share."""
 
 
 def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
@@ -41,7 +41,7 @@ def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
         rates |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
         write_json(path, {"overhead": overhead, "rates": {name: asdict(each) for name, each in rates.items()}})
     memory = available_memory(torch.device("cpu"))
-    return Machine(_name(), memory, rates, overhead, None, measured=True)
+    return Machine(_name(), memory, rates, overhead, None, measured=True, gaps=GAPS)
 
 
 def _file() -> Path:
@@ -92,7 +92,7 @@ def _fitted(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Median of some rounds, after two that warm up; from memory, as in a step, where much happens in between."""
+    """Median of some rounds, after two that warm up; with cold caches, as in a step, where much happens in between."""
     times, elsewhere = [], torch.zeros(_CACHES, dtype=torch.uint8)
     for _ in range(_ROUNDS + 2):
         elsewhere.add_(1)

@@ -282,7 +282,7 @@ class _Planner:
             stored = sum(each.nbytes for each in adapter.state_dict().values())
         rehearsal = Rehearsal(self.architecture, method, self.task, self.dtype, request.checkpointing)
         step = rehearsal.step(batch, held)
-        memory = self._with_quantized(step.memory)
+        memory = self._on_machine(step.memory)
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
@@ -316,12 +316,14 @@ class _Planner:
         hours = None if watts is None else watts * seconds / 3600
         return Run(steps, seconds, hours, None if hours is None else hours / 1000 * GRAMS)
 
-    def _with_quantized(self, parts: Mapping[str, int]) -> dict[str, int]:
-        if self.request.quantize is None:
-            return dict(parts)
-        found = {**parts, "weights": self.base["weight_bytes"][self.request.quantize]}
-        found["workspace"] += self.base["largest_map"]
-        return found | {"total": sum(value for part, value in found.items() if part != "total")}
+    def _on_machine(self, parts: Mapping[str, int]) -> dict[str, int]:
+        """With quantised weights, if asked for, and what the machine's allocator holds in gaps."""
+        found = {part: value for part, value in parts.items() if part != "total"}
+        if self.request.quantize is not None:
+            found["weights"] = self.base["weight_bytes"][self.request.quantize]
+            found["workspace"] += self.base["largest_map"]
+        found["gaps"] = round(self.machine.gaps * (found["activations"] + found["logits"] + found["workspace"]))
+        return found | {"total": sum(found.values())}
 
     def _largest(self, parts: Mapping[str, int]) -> int:
         """Rows that fit: what is held for a batch is taken to grow with it."""
