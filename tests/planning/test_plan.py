@@ -123,6 +123,14 @@ def test_what_was_measured_is_of_methods_there_are() -> None:
     assert set(learned()) <= set(methods())
 
 
+def test_rows_longer_than_the_base_takes() -> None:
+    small = Batch(rows=1, tokens=512)
+    found = plan(Request("bert-base-uncased", [method_class("lora")(), method_class("prompt")()], small))
+    assert not found.left_out
+    with pytest.raises(ConfigError, match="at most 512 tokens"):
+        plan(Request("bert-base-uncased", [method_class("lora")()], Batch(rows=1, tokens=600)))
+
+
 def test_sizes() -> None:
     assert parse_size("24GB") == 24 * 10**9
     assert parse_size("1.5 TiB") == 3 << 39

@@ -85,6 +85,13 @@ class Architecture:
         """How many tokens it tells apart."""
         return getattr(self.config, "vocab_size", None)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens a row has at most, where that is bounded. Bounds are round; what is above (RoBERTa's 514) is not for
+        tokens."""
+        bound = getattr(self.config, "max_position_embeddings", None)
+        return bound - bound % 8 if isinstance(bound, int) and bound > 0 else None
+
     def with_layers(self, count: int) -> Architecture:
         """The same with fewer layers."""
         config = copy.deepcopy(self.config)

@@ -194,6 +194,9 @@ def plan(request: Request) -> Plan:
     task = request.task or task_for(found)
     if task is not None:
         found = replace(found, auto_class=task.auto_class)
+    room = found.positions
+    if room is not None and request.batch.tokens > room:
+        raise ConfigError(f"{request.base} takes rows of at most {room} tokens; {request.batch.tokens} are too many.")
     dtype = _dtype(request.dtype, found)
     place = machine(request.device, dtypes=(dtype,))
     memory = request.memory or place.memory
@@ -280,6 +283,9 @@ class _Planner:
             taken = adapter.positions
             adapter.settle()
             stored = sum(each.nbytes for each in adapter.state_dict().values())
+        room = self.architecture.positions
+        if room is not None:  # virtual tokens need places, too
+            batch = replace(batch, tokens=min(batch.tokens, room - taken))
         rehearsal = Rehearsal(self.architecture, method, self.task, self.dtype, request.checkpointing)
         step = rehearsal.step(batch, held)
         memory = self._on_machine(step.memory)
@@ -339,13 +345,19 @@ class _Planner:
         if request.quantize is not None:
             parts["weights"] = self.base["weight_bytes"][request.quantize]
             parts["activations"] += self.base["largest_map"]
-        parts["kv"] += round(parts["kv"] * taken / request.serve.tokens)
+        parts["kv"] += round(parts["kv"] * taken / self._prompt.tokens)
         parts["adapter"] = adapter
         return parts | {"total": sum(parts.values())}
 
     @cached_property
     def _serving(self) -> Step:
-        return served(self.architecture, self.dtype, self.request.serve)
+        return served(self.architecture, self.dtype, self._prompt)
+
+    @property
+    def _prompt(self) -> Batch:
+        """What is served at a time, as far as the base takes it."""
+        asked, room = self.request.serve, self.architecture.positions
+        return asked if room is None else replace(asked, tokens=min(asked.tokens, room))
 
 
 def _held(adapter: Adapter) -> int:
