@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from veneer.cli.columns import POSITIVE
 
 if TYPE_CHECKING:
-    from veneer.evaluation import Forgetting
+    from veneer.evaluation import Forgetting, Report, Score
 
 
 def eval_(
@@ -85,7 +85,7 @@ def eval_(
 
     from veneer.cli.columns import mapping
     from veneer.cli.output import console, print_json, table
-    from veneer.evaluation import Score, evaluate
+    from veneer.evaluation import evaluate
     from veneer.evaluation.harness import harness
     from veneer.evaluation.record import keep
     from veneer.tasks import load_adapter
@@ -113,15 +113,19 @@ def eval_(
         told = {"adapter_folder": str(adapter), "data": data, **report.plain()}
         print_json(told | ({"lm_eval": [asdict(each) for each in ran]} if ran else {}))
         return
+    _tell(report, data)
+    if report.forgetting:
+        _tell_forgotten(report.forgetting)
+    if ran:
+        rows = [(f"{each.task}, {each.metric}", _shown(each.base), _shown(each.adapter)) for each in ran]
+        console.print(table(("", "plain base", "adapter"), rows, title="\nlm-evaluation-harness"))
 
-    def shown(score: Score | None) -> str:
-        if score is None:
-            return ""
-        interval = f"  [{score.low:.3f}, {score.high:.3f}]" if score.low is not None else ""
-        return f"{score.value:.4g}{interval}"
+
+def _tell(report: Report, data: str) -> None:
+    from veneer.cli.output import console, table
 
     other = report.base or {}
-    rows = [(name, shown(score), shown(other.get(name))) for name, score in report.adapter.items()]
+    rows = [(name, _shown(score), _shown(other.get(name))) for name, score in report.adapter.items()]
     title = f"{report.rows} rows of {data}, 95 % intervals"
     console.print(table(("", "adapter", report.compared_with or ""), rows, title=title))
     if report.truncated or report.dropped:
@@ -129,15 +133,17 @@ def eval_(
     if report.unfinished:
         console.print(f"{report.unfinished} answers were cut short; --max-new-tokens allows longer ones.")
     for name, scores in report.by_task.items():
-        console.print(table(("", "adapter"), [(m, shown(s)) for m, s in scores.items()], title=f"task {name}"))
-    if report.forgetting:
-        _show(report.forgetting)
-    if ran:
-        told_tasks = [(f"{each.task}, {each.metric}", shown(each.base), shown(each.adapter)) for each in ran]
-        console.print(table(("", "plain base", "adapter"), told_tasks, title="\nlm-evaluation-harness"))
+        console.print(table(("", "adapter"), [(m, _shown(s)) for m, s in scores.items()], title=f"task {name}"))
 
 
-def _show(found: Forgetting) -> None:
+def _shown(score: Score | None) -> str:
+    if score is None:
+        return ""
+    interval = f"  [{score.low:.3f}, {score.high:.3f}]" if score.low is not None else ""
+    return f"{score.value:.4g}{interval}"
+
+
+def _tell_forgotten(found: Forgetting) -> None:
     from veneer.cli.output import console, table
 
     if found.undefined:
