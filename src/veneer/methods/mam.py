@@ -31,7 +31,7 @@ class MAM(Mixture):
     paper: ClassVar[str] = "He et al. 2022, arXiv:2110.04366"
     peft_type: ClassVar[str] = "VENEER_MAM"
 
-    learning_rate: ClassVar[float] = 3e-4
+    learning_rate: ClassVar[float] = 2e-4
 
     length: int = Field(30, ge=1)
     """How many keys and values the prefix has."""
