@@ -67,14 +67,16 @@ def advise_(
     from veneer.planning.advice import advise
     from veneer.planning.bases import largest
     from veneer.planning.request import SUITED, from_config
+    from veneer.training.progress import console as progress
     from veneer.training.progress import size
 
     request = from_config(arguments, device=device, memory=memory, length=length, default_base=SUITED)
     kinds = request.task.kinds if request.task is not None else ("decoder",)
-    candidates = largest(request, kinds) if request.base == SUITED else []
-    if request.base == SUITED:
-        request = replace(request, base=_catalogued(kinds))
-    found = plan(request)
+    with progress.status("planning, a minute or two"):
+        candidates = largest(request, kinds) if request.base == SUITED else []
+        if request.base == SUITED:
+            request = replace(request, base=_catalogued(kinds))
+        found = plan(request)
     advice = advise(found, rows=request.data.rows if request.data else None, serving=serve)
     if json:
         told: dict[str, Any] = {"bases": [asdict(each) for each in candidates], **plain(found, advice)}

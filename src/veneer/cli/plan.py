@@ -81,12 +81,14 @@ def plan_(
     from veneer.planning import plan
     from veneer.planning.advice import advise
     from veneer.planning.request import from_config
+    from veneer.training.progress import console as progress
 
     request = from_config(
         arguments, base=base, methods=methods, device=device, memory=memory, length=length, labelled=labelled,
         variants=variants, watts=watts,
     )  # fmt: skip
-    found = plan(request)
+    with progress.status("planning, a second or two for each method"):
+        found = plan(request)
     advice = advise(found, rows=request.data.rows if request.data else None, serving=serve)
     if json:
         print_json(plain(found, advice))
