@@ -49,8 +49,8 @@ REASONS = {
     "ptuning": "`ptuning`, as `prompt`, changes the input only.",
     "lora, rank-stabilised, rank 64": "`lora`, rank-stabilised at rank 64, learned nothing in two of three seeds at "
     "LoRA's rate: four times the rank at twice the scale wants a lower one.",
-    "lora, OLoRA": "`lora` from OLoRA's start learned nothing in one of three seeds at LoRA's rate (92 % and 95 % in the "
-    "others).",
+    "lora, OLoRA": "`lora` from OLoRA's start learned nothing in one of three seeds at LoRA's rate (92 % and 95 % in "
+    "the others).",
 }
 
 
