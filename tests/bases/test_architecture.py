@@ -23,7 +23,7 @@ def test_parameters_are_those_published(name: str) -> None:
     assert architecture(name).parameters == KNOWN[name].parameters
 
 
-def test_the_issue_s_figures() -> None:
+def test_well_known_totals() -> None:
     assert KNOWN["llama-2-7b"].parameters == 6_738_415_616
     assert KNOWN["mixtral-8x7b"].parameters == 46_702_792_704
 
