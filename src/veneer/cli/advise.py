@@ -72,7 +72,7 @@ def advise_(
 
     request = from_config(arguments, device=device, memory=memory, length=length, default_base=SUITED)
     kinds = request.task.kinds if request.task is not None else ("decoder",)
-    with progress.status("planning, a minute or two"):
+    with progress.status("planning, three minutes or so"):
         candidates = largest(request, kinds) if request.base == SUITED else []
         if request.base == SUITED:
             request = replace(request, base=_catalogued(kinds))
