@@ -48,7 +48,7 @@ REASONS = {
     "prompt": "`prompt` changes the input only; its seeds lie far apart (79 % to 88 %).",
     "ptuning": "`ptuning`, as `prompt`, changes the input only.",
     "lora, rank-stabilised, rank 64": "`lora`, rank-stabilised at rank 64, learned nothing in two of three seeds at "
-    "LoRA's rate: four times the rank at twice the scale wants a lower one.",
+    "LoRA's rate.",
     "lora, OLoRA": "`lora` from OLoRA's start learned nothing in one of three seeds at LoRA's rate (92 % and 95 % in "
     "the others).",
 }

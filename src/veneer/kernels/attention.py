@@ -27,7 +27,7 @@ keys."""
 GAINS = {torch.bfloat16, torch.float16}
 """Dtypes whose products are faster than the flash kernel's own; in others it is left to itself."""
 LONGEST, LONGEST_CAUSAL = 512, 2048
-"""Up to so many queries and keys; beyond, scores no longer fit into caches."""
+"""Up to so many queries and keys; beyond, torch's own is faster, or was not compared."""
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:

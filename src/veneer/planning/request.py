@@ -17,6 +17,7 @@ from veneer.planning.plan import Data, Request, with_own_settings
 from veneer.tasks import Task, choose_task, task_class
 from veneer.tasks.base import DEFAULT_MAX_LENGTH
 from veneer.training.config import RunConfig, read_config
+from veneer.training.passes import count
 from veneer.training.rehearsal import Batch
 from veneer.training.rows import parts_of
 
@@ -80,8 +81,8 @@ def from_config(
 
 def _passes(config: RunConfig, tokens: int, device: torch.device) -> tuple[int, int]:
     """Rows of a forward pass, and how many passes an optimiser step has."""
-    rows, limit = config.train.batch_size, config.train.tokens_of_a_pass(device)
-    parts = math.ceil(rows / max(limit // tokens, 1)) if limit else 1
+    rows = config.train.batch_size
+    parts = count(rows, tokens, config.train.tokens_of_a_pass(device))
     return math.ceil(rows / parts), parts * config.train.accumulation
 
 

@@ -14,6 +14,11 @@ from typing import Any
 from torch import Tensor
 
 
+def count(rows: int, length: int, tokens: int) -> int:
+    """In how many parts so many rows of this length are computed; arguments as `parts` has them."""
+    return math.ceil(rows / max(tokens // length, 1)) if tokens else 1
+
+
 def parts(batch: Mapping[str, Any], tokens: int) -> Sequence[Mapping[str, Any]]:
     """The rows of a batch a few at a time, about equally many.
 
@@ -22,10 +27,10 @@ def parts(batch: Mapping[str, Any], tokens: int) -> Sequence[Mapping[str, Any]]:
         tokens: in a part at most, padding counted, but a whole row at least; 0 leaves the batch as it is.
     """
     rows, length = batch["attention_mask"].shape
-    count = math.ceil(rows / max(tokens // length, 1)) if tokens else 1
-    if count == 1:
+    number = count(rows, length, tokens)
+    if number == 1:
         return [batch]
-    bounds = [rows * part // count for part in range(count + 1)]
+    bounds = [rows * part // number for part in range(number + 1)]
     return [
         {name: _rows(value, slice(first, last)) for name, value in batch.items()}
         for first, last in itertools.pairwise(bounds)

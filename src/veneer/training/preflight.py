@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from veneer.data import DataReport, Part
 from veneer.deltas import Tokens
 from veneer.errors import ConfigError, DataError
 from veneer.tasks import Checked, Prepared, Task, check_data
+from veneer.training.passes import count
 from veneer.training.progress import duration, peak_memory, size
 from veneer.training.settings import TrainSettings
 
@@ -141,9 +143,7 @@ def least_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) 
     config = adapter.base.model.config
     rows = min(settings.batch_size, len(prepared.examples))
     lengths = sorted(prepared.examples["length"][:], reverse=True)[:rows]
-    limit = settings.tokens_of_a_pass(adapter.device)
-    if limit:  # the longest row, or as many as a pass takes
-        rows = min(rows, max(limit // lengths[0], 1))
+    rows = math.ceil(rows / count(rows, lengths[0], settings.tokens_of_a_pass(adapter.device)))
     tokens = rows * lengths[0]
     width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     kept = 1 if settings.checkpointing else _ACTIVATIONS
@@ -167,7 +167,7 @@ def check_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) 
         what.append("or set train.checkpointing=true")
     raise ConfigError(
         f"A step needs at least {size(need.total)} of memory, but {size(free)} are free: {size(need.activations)} for "
-        f"{settings.batch_size} rows of up to {prepared.longest:,} tokens, {size(need.logits)} for the scores of "
+        f"rows of up to {prepared.longest:,} tokens, {size(need.logits)} for the scores of "
         f"learned tokens, {size(need.optimizer)} for the optimiser. Lower {', '.join(what)}."
     )
 

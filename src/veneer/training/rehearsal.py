@@ -115,7 +115,6 @@ class Rehearsal:
         task: what for; None: the loss the model itself computes.
         dtype: the base's.
         checkpointing: whether activations are computed again.
-        optimizer: torch's, of the adapter's parameters.
     """
 
     architecture: Architecture
