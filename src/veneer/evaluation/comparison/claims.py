@@ -1,7 +1,8 @@
 """What is usually said of parameter-efficient fine-tuning, and whether a comparison bears it out.
 
 A verdict needs full fine-tuning beside the methods, and an interval: a difference within noise supports "as good as",
-never "better", and where no interval is apart from another, there is none.
+never "better", and where no interval is apart from another, there is none. Forgetting and costs are compared by their
+means over seeds, and said to be.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _forgets_less(methods: Sequence[Line], whole: Line) -> Verdict:
     matched = {line.label: line.matched for line in methods if line.matched}
     if matched:
         less = [line for line in methods if line.matched and line.matched["forgotten"] < line.matched["whole"]]
-        because = f"Where both had learned equally much, {len(less)} of {len(matched)} methods had forgotten less"
+        because = f"Where both had learned equally much, {len(less)} of {len(matched)} methods had forgotten less, by means"
         return Verdict(claim, _graded(len(less), len(matched)), f"{because}{_listed(less)}.")
     return Verdict(claim, UNKNOWN, "Forgetting was not followed through the runs, or their validation loss never fell.")
 
