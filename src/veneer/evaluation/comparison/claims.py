@@ -98,7 +98,7 @@ def _forgets_less(methods: Sequence[Line], whole: Line) -> Verdict:
     matched = {line.label: line.matched for line in methods if line.matched}
     if matched:
         less = [line for line in methods if line.matched and line.matched["forgotten"] < line.matched["whole"]]
-        because = f"Where both had learned equally much, {len(less)} of {len(matched)} methods had forgotten less, by means"
+        because = f"Where both had learned equally much, {len(less)} of {len(matched)} had forgotten less, by means"
         return Verdict(claim, _graded(len(less), len(matched)), f"{because}{_listed(less)}.")
     return Verdict(claim, UNKNOWN, "Forgetting was not followed through the runs, or their validation loss never fell.")
 
