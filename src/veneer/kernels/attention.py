@@ -1,12 +1,12 @@
-"""Scaled dot-product attention whose backward is plain batched products, a few rows at a time.
+"""Scaled dot-product attention as plain batched products, some rows at a time, nothing ``[queries, keys]`` kept.
 
     s = q kᵀ / √d + M,   P = exp(s − L),   o = P v,      L = log Σ exp s, by row
     dv = Pᵀ do,   dS = P ⊙ (do vᵀ − D),   D = Σ do ⊙ o, by row
     dq = dS k / √d,   dk = dSᵀ q / √d                               (Dao et al. 2022, arXiv:2205.14135, §B.2)
 
-The forward is torch's flash kernel for processors, which keeps L. Its backward computes in float32 even where 16-bit
-products are many times faster; here they run in 16 bits. Their outputs are rounded near zero wherever they matter: L
-and D are taken off inside the product. P is formed again; nothing ``[queries, keys]`` is kept.
+torch's flash kernel for processors computes in float32 even where 16-bit products are many times faster. Here all
+products run in 16 bits. Their outputs are rounded near zero wherever they matter: the greatest score of a row, L and
+D are taken off inside the product. P is formed again in the backward.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ELEMENTS = 1 << 18
-"""Scores that are there at a time, unless those of one row's block are more: few enough for caches."""
+from veneer.kernels.precision import wider
+
+_ELEMENTS = 1 << 23
+"""Scores that are there at a time."""
 _BLOCK = 128
-"""Queries at a time, or half as many where these have more than three times so many scores; causal ones see no later
-keys."""
+"""Causal queries at a time: later keys are left out."""
 GAINS = {torch.bfloat16, torch.float16}
 """Dtypes whose products are faster than the flash kernel's own; in others it is left to itself."""
 LONGEST, LONGEST_CAUSAL = 512, 2048
-"""Up to so many queries and keys; beyond, torch's own is faster, or was not compared."""
+"""Up to so many queries and keys; beyond, scores no longer fit into caches."""
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -65,10 +66,11 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
-        mask = _added(query, mask)
-        output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        mask = _added(query, mask, causal)
+        output = torch.empty_like(query)
+        logs = torch.empty(query.shape[:3], dtype=wider(query.dtype), device=query.device)
+        for own, seen, masks in _parts(query, key, mask, causal):
+            output[own], logs[own] = _attended(query[own], key[seen], value[seen], masks, scale)
         ctx.save_for_backward(query, key, value, output, logs, mask)
         ctx.causal, ctx.scale = causal, scale
         return output
@@ -86,29 +88,40 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def _added(query: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as what is added to scores."""
+def _added(query: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """The mask as what is added to scores; None where all is seen."""
+    if causal:
+        n = query.shape[2]
+        mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=query.device).tril_()
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _parts(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Iterator[tuple[Any, Any, Tensor | None]]:
-    """Some rows and queries at a time, the keys these may see, and what is added to the scores of the last of these."""
+    """Some rows and queries at a time, the keys these may see, and their part of the mask."""
     rows, heads, queries, _ = query.shape
     keys = key.shape[2]
-    block = _BLOCK if heads * _BLOCK * keys <= 3 * _ELEMENTS else _BLOCK // 2
-    block = min(block, queries)
-    count = max(_ELEMENTS // (heads * block * keys), 1)
-    future = query.new_full((block, block), float("-inf")).triu_(1) if causal else None
+    count, block = max(_ELEMENTS // (heads * queries * keys), 1), _BLOCK if causal else queries
     for row in range(0, rows, count):
         some = slice(row, row + count)
         for first in range(0, queries, block):
             own, seen = slice(first, first + block), slice(min(first + block, keys) if causal else keys)
-            masks = None if future is None else future[: queries - first, : queries - first]
-            if mask is not None:
-                masks = mask[some if len(mask) > 1 else slice(None), :, own if mask.shape[2] > 1 else slice(None)]
+            masks = mask if mask is None or len(mask) == 1 else mask[some]
+            if masks is not None:
+                masks = masks[:, :, own if masks.shape[2] > 1 else slice(None), seen]
             yield (some, slice(None), own), (some, slice(None), seen), masks
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and logarithms of the sums."""
+    q, k, v = _grouped(query, key), _grouped(key, key), _grouped(value, key)
+    greatest = _scores(q, k, None, mask, scale, query).amax(-1, keepdim=True).to(wider(q.dtype))
+    greatest.clamp_(min=torch.finfo(q.dtype).min)  # where nothing is seen
+    powers = _scores(q, k, greatest, mask, scale, query).exp_()
+    sums = powers.sum(-1, keepdim=True, dtype=greatest.dtype)
+    output = (powers @ v) / sums
+    return output.nan_to_num_().to(query.dtype).view_as(query), (sums.log() + greatest).view(query.shape[:3])
 
 
 def _gradients(
@@ -118,7 +131,8 @@ def _gradients(
     """Of query, key and value."""
     q, o, g = (_grouped(each, key) for each in (query, output, gradient))
     k, v = _grouped(key, key), _grouped(value, key)
-    powers = _scores(q, k, logs.reshape(len(q), -1, 1), mask, scale, query).exp_()
+    logs = logs.reshape(len(q), -1, 1).nan_to_num(neginf=0.0)
+    powers = _scores(q, k, logs, mask, scale, query).exp_()
     dv = powers.mT @ g
     change = _less(g, v, (g.to(logs.dtype) * o).sum(-1, keepdim=True)).mul_(powers)
     dq, dk = (change @ k).mul_(scale), (change.mT @ q).mul_(scale)
@@ -130,19 +144,19 @@ def _grouped(states: Tensor, key: Tensor) -> Tensor:
     return states.reshape(key.shape[0] * key.shape[1], -1, states.shape[-1])
 
 
-def _scores(q: Tensor, k: Tensor, taken: Tensor, mask: Tensor | None, scale: float, query: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor, taken: Tensor | None, mask: Tensor | None, scale: float, query: Tensor) -> Tensor:
     """``scale · q kᵀ + mask − taken`` ``[n, queries, keys]``, the mask by the heads and queries of ``query``."""
     rest = 1.0
     if math.frexp(scale)[0] == 0.5:  # a power of two: exact on q, which is far smaller than scores
         q = q * scale
     else:
         rest = scale
-    scores = _less(q, k, taken / rest)
+    scores = q @ k.mT if taken is None else _less(q, k, taken / rest)
     if rest != 1:
         scores.mul_(rest)
     if mask is not None:
-        last = scores.view(*query.shape[:3], -1)[..., -mask.shape[-1] :]
-        last += mask
+        by_head = scores.view(*query.shape[:3], -1)
+        by_head += mask
     return scores
 
 
