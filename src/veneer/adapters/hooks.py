@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters.execution import Execution
@@ -20,6 +22,8 @@ class _Call:
 
     x: Any
     own: dict[str, Tensor | None] = field(default_factory=dict)
+    at_once: bool = False
+    """Module and delta were computed as one."""
 
 
 class SiteHooks:
@@ -32,10 +36,14 @@ class SiteHooks:
 
     def install(self, module: nn.Module) -> list[Any]:
         """Register both hooks; the handles remove them again."""
-        return [
+        handles: list[Any] = [
             module.register_forward_pre_hook(self.before),
             module.register_forward_hook(self.after, always_call=True),
         ]
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            module.__dict__["forward"] = functools.partial(self.forward, module)
+            handles.append(_Forward(module))
+        return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Swap in the parameters the delta wants the module to run on, and change its input."""
@@ -50,16 +58,45 @@ class SiteHooks:
         x = delta.before(call.x)
         return None if x is call.x else (x, *args[1:])
 
+    def forward(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """A linear map's own forward, or all of it and the delta at once."""
+        hooked = self._calls and torch.is_grad_enabled() and _is_frozen(module, x)
+        delta = self.execution.plan.modules.get(self.path) if hooked else None
+        y = None if delta is None else delta.linear(x, module.weight, module.bias)
+        if y is None:
+            return nn.Linear.forward(module, x)
+        self._calls[-1].at_once = True
+        return y
+
     def after(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
         """Put the module's own parameters back, then let the delta change the output."""
         call = self._calls.pop()
         module._parameters.update(call.own)  # type: ignore[arg-type]
+        if call.at_once:
+            return None
         delta = self.execution.plan.modules.get(self.path)
         if delta is None or not isinstance(y, Tensor):  # no output: the call failed
             return None
         if isinstance(delta, Rows):
             return delta.apply_rows(call.x, y, lambda part, x: _rerun(module, part, x))
         return delta.apply(call.x, y)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A module's forward that is not its class's."""
+
+    module: nn.Module
+
+    def remove(self) -> None:
+        """Have that of the class again."""
+        self.module.__dict__.pop("forward", None)
+
+
+def _is_frozen(module: nn.Linear, x: Tensor) -> bool:
+    own = [each for each in (module.weight, module.bias) if each is not None]
+    alike = x.dtype == module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return alike and not any(each.requires_grad for each in own)
 
 
 def _swap(module: nn.Module, delta: Delta, own: dict[str, Tensor | None]) -> None:

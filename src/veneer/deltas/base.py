@@ -23,6 +23,8 @@ class Delta:
     - `effective` lets the module run on other parameters,
     - `apply` changes the output, given also the input as it was before `before`.
 
+    In training it may do all of it at once where the module is a plain linear map (`linear`).
+
     Weights are ``[out, in]`` here whatever way round the module stores them.
     """
 
@@ -37,6 +39,19 @@ class Delta:
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """The module's new output, given its input ``x`` ``[..., in]`` and its own output ``y`` ``[..., out]``."""
         return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """What a linear map and this delta give together, where their backwards are cheaper as one.
+
+        Args:
+            x: ``[..., in]``.
+            weight: ``[out, in]``, frozen, of the dtype of ``x``.
+            bias: ``[out]``, frozen.
+
+        Returns:
+            ``[..., out]``; None: the module runs, and the delta acts around it.
+        """
+        return None
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New values of the module's parameters with which it alone computes what the two do together.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.deltas.base import Delta
-from veneer.kernels.low_rank import add_low_rank
+from veneer.kernels.low_rank import add_low_rank, low_rank_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,12 @@ class LowRank(Delta):
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         return add_low_rank(x, y, self.A, self.B, self.scale)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Both products' gradients of x in one sum."""
+        if type(self) is not LowRank or self.dropout:
+            return None
+        return low_rank_linear(x, weight, bias, self.A, self.B, self.scale)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W + s B A}``."""
