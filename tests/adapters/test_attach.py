@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 import veneer
 from helpers import perturb, tiny_bert, tiny_llama
+from veneer.deltas import low_rank
 from veneer.errors import AdapterError, ConfigError, UnknownName
 from veneer.methods import method_class
 
@@ -39,6 +41,37 @@ def base(request: pytest.FixtureRequest) -> veneer.Base:
 def test_identity_at_initialisation_is_bitwise(base: veneer.Base) -> None:
     plain = logits(base.model)
     assert torch.equal(logits(base.attach(veneer.LoRA(rank=4))), plain)
+
+
+def test_a_frozen_linear_map_and_its_change_are_one_computation(
+    base: veneer.Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shapes() -> list[tuple[int, ...]]:
+        seen: list[tuple[int, ...]] = []
+        usual = low_rank.low_rank_linear
+
+        def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+            seen.append(tuple(weight.shape))
+            return usual(x, weight, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(low_rank, "low_rank_linear", noted)
+            adapter(input_ids=IDS)
+        return seen
+
+    adapter = base.attach(veneer.LoRA(rank=4))
+    maps = shapes()
+    assert len(maps) >= 2 * 4
+    one = next(module for module in base.model.modules() if type(module) is torch.nn.Linear)
+    one.weight.requires_grad_(True)
+    assert len(shapes()) < len(maps)  # it gets its gradient
+    one.weight.requires_grad_(False)
+    with torch.no_grad():
+        assert not shapes()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not shapes()
+    base.detach("default")
+    assert all("forward" not in module.__dict__ for module in base.model.modules())
 
 
 def test_base_is_bit_identical_through_attach_train_merge_detach(base: veneer.Base) -> None:

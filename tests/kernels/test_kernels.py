@@ -14,7 +14,7 @@ from veneer.kernels import cross_entropy
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
-from veneer.kernels.low_rank import add_low_rank
+from veneer.kernels.low_rank import add_low_rank, low_rank_linear
 from veneer.kernels.rms_norm import rms_norm
 
 EXACT = 1e-10
@@ -189,6 +189,21 @@ def test_low_rank_gives_each_its_gradient_alone(which: tuple[int, ...]) -> None:
         assert torch.equal(found, whole[place])
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_low_rank_with_its_map(biased: bool) -> None:
+    x, a, b = numbers(2, 7, 12), numbers(3, 12, seed=2), numbers(10, 3, seed=3)
+    weight, bias = numbers(10, 12, seed=4).detach(), numbers(10, seed=5).detach() if biased else None
+    compared(
+        lambda x, a, b: low_rank_linear(x, weight, bias, a, b, 1.7),
+        lambda x, a, b: F.linear(x, weight, bias) + 1.7 * (x @ a.t()) @ b.t(),
+        x, a, b,
+    )  # fmt: skip
+    learned = low_rank_linear(x.detach(), weight, bias, a, b.detach(), 1.7)
+    (alone,) = torch.autograd.grad(learned.sum(), a)
+    (whole,) = torch.autograd.grad(low_rank_linear(x, weight, bias, a, b, 1.7).sum(), a)
+    assert torch.equal(alone, whole)
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 def test_rms_norm(rounded: bool) -> None:
     x, weight = numbers(3, 5, 16), numbers(16, seed=1).detach()
@@ -224,6 +239,8 @@ def test_what_is_kept_for_the_backward() -> None:
     assert kept(lambda: gated(x, up, F.silu)) == x.nbytes + up.nbytes
     a, b, y = (numbers(*shape, dtype=torch.bfloat16) for shape in ((4, 256), (32, 4), (64, 32)))
     assert kept(lambda: add_low_rank(x, y, a, b, 1.0)) == x.nbytes + a.nbytes + b.nbytes + 64 * 4 * 2
+    weight, out = torch.randn(64, 256, dtype=torch.bfloat16), numbers(64, 4, dtype=torch.bfloat16)
+    assert kept(lambda: low_rank_linear(x, weight, None, a, out, 1.0)) == x.nbytes + a.nbytes + 2 * 64 * 4 * 2
     vocabulary = torch.randn(5000, 256, dtype=torch.bfloat16)
     targets = torch.zeros(64, dtype=torch.int64)
     assert kept(lambda: cross_entropy_sum(x, vocabulary, None, targets)[0]) == x.nbytes
