@@ -14,6 +14,7 @@ import veneer
 from helpers import command, perturb, tiny_llama, write_jsonl
 from veneer.errors import AdapterError
 from veneer.methods import method_class
+from veneer.tasks.conditions import conditioned
 
 MODES = ("film", "hyper")
 
@@ -144,3 +145,43 @@ def test_it_learns_by_the_task_column(tmp_path: Path, capsys: pytest.CaptureFixt
         scores[name] = json.loads((output / "adapter" / "veneer.json").read_text())["training"]["result"]["after"]
     assert scores["conditional"]["accuracy"] > 0.95
     assert scores["houlsby"]["accuracy"] <= 0.55
+
+
+def by_number(names: tuple[object, ...]) -> list[dict[str, object]]:
+    return [{"prompt": f"{n} red apples", "completion": str(name), "task": name} for n in range(6) for name in names]
+
+
+@pytest.mark.parametrize("names", [(0, 1), ("a", 7)])
+def test_tasks_may_be_numbers(folder: Path, tiny_folder: Path, names: tuple[object, ...]) -> None:
+    """They are names, by their text: in training, in validation, in answers, in scores of each."""
+    data = write_jsonl(folder / "rows.jsonl", by_number(names))
+    common = (f"base={tiny_folder}", "dtype=float32", f"data.train={data}", "train.samples=0", "task.max_new_tokens=3")
+    settings = "method={name: conditional, bottleneck: 3, size: 4}"
+    assert command("train", *common, settings, "output=run", "train.max_steps=3", "train.batch_size=3") == 0
+    adapter = veneer.load_adapter("run")
+    assert adapter.method.tasks == tuple(sorted(str(name) for name in names))
+    perturb(adapter, std=0.4)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        with adapter.conditioned(str(names[1])):
+            told = adapter(ids).logits
+        for condition in (names[1], [str(names[1])]):
+            with adapter.conditioned(condition):
+                assert torch.allclose(adapter(ids).logits, told, atol=1e-5)
+        with conditioned(adapter, [{"task": names[0]}]):  # a batch of task 0 alone is told so
+            first = adapter(ids).logits
+        with adapter.conditioned(str(names[0])):
+            assert torch.allclose(adapter(ids).logits, first, atol=1e-5)
+            assert not torch.allclose(adapter(ids).logits, adapter.base.model(ids).logits, atol=1e-3)
+    assert (first - told).abs().max() > 1e-3
+    report = veneer.evaluate(adapter, data, forgetting=False, base=False)
+    assert set(report.by_task) == {str(name) for name in names}
+    assert len(list(veneer.predict(adapter, by_number(names)))) == 12
+    with pytest.raises(AdapterError, match="no task '9'"):
+        list(veneer.predict(adapter, by_number((9,))))
+
+
+def test_a_task_column_that_says_nothing(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(folder / "rows.jsonl", by_number((None,)))
+    assert command("train", f"base={tiny_folder}", f"data.train={data}", "method=conditional", "output=run") == 2
+    assert "no `task` column" in " ".join(capsys.readouterr().err.split())

@@ -40,7 +40,9 @@ def by_row(condition: Any) -> Sequence[Any] | None:
     """Conditions one a row; None for one that is for all rows: nothing, a name, or a vector."""
     if isinstance(condition, Tensor):
         return list(condition) if condition.dim() > 1 else None
-    if condition is None or isinstance(condition, str) or (condition and isinstance(condition[0], int | float)):
+    if condition is None or isinstance(condition, str | int):
+        return None
+    if condition and isinstance(condition[0], int | float):
         return None
     return list(condition)
 

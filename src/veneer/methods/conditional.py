@@ -146,7 +146,8 @@ class Conditional(Houlsby):
         like = parameters["adapter_up.bias"]
         if given is None:
             return parameters["conditions"].mean(0) if self.tasks else like.new_zeros(self.size)
-        if isinstance(given, str):
+        if isinstance(given, str | int):
+            given = str(given)
             if given not in self.tasks:
                 known = ", ".join(self.tasks) or "none; give vectors"
                 raise AdapterError(

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from veneer.adapters import Adapter, Base
 from veneer.adapters.files import adapter_folder, read_record, weights_hash
 from veneer.data import Part
-from veneer.data.formats import TASK
 from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import AdapterFileError, ConfigError, Interrupted, TrainingError
 from veneer.tasks import Task, adapter_task, choose_task, load_base, task_class, task_from_config
@@ -210,7 +209,7 @@ def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
     head = task.head(base, seed=config.train.seed)
-    method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else None)
+    method = config.method.for_tasks(names_of(rows))
     adapter = base.attach(method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
     task = _within_positions(task, adapter, chosen="max_length" in settings)
     adapter.task = task.describe()
