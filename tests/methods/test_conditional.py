@@ -12,9 +12,10 @@ from families import FAMILIES, run
 
 import veneer
 from helpers import command, perturb, tiny_llama, write_jsonl
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, ConfigError
 from veneer.methods import method_class
 from veneer.tasks.conditions import conditioned
+from veneer.training import runs
 
 MODES = ("film", "hyper")
 
@@ -185,3 +186,80 @@ def test_a_task_column_that_says_nothing(folder: Path, tiny_folder: Path, capsys
     data = write_jsonl(folder / "rows.jsonl", by_number((None,)))
     assert command("train", f"base={tiny_folder}", f"data.train={data}", "method=conditional", "output=run") == 2
     assert "no `task` column" in " ".join(capsys.readouterr().err.split())
+
+
+def test_inside_another_method(folder: Path) -> None:
+    """`mix` and `fusion` hand on what rows are told; a task that a method of theirs doesn't know is an error."""
+    base = veneer.Base(tiny_llama().requires_grad_(False))
+    Conditional = method_class("conditional")
+    ids = torch.arange(12).view(2, 6)
+    perturb(base.attach(Conditional(tasks=["a", "b"], bottleneck=3), "one"), std=0.4)
+    perturb(base.attach(method_class("pfeiffer")(bottleneck=3), "two"), std=0.4)
+    fusion = method_class("fusion")(adapters=["one", "two"])
+    mix = method_class("mix")(methods=[{"name": "conditional", "bottleneck": 3}, "lora"]).for_tasks(["a", "b"])
+    for method in (fusion, mix):
+        adapter = base.attach(method, method.name)
+        if method is mix:
+            perturb(adapter, std=0.4)
+        assert adapter.method.conditioned
+        with torch.no_grad():
+            with adapter.conditioned(["a", "b"]):
+                both = adapter(input_ids=ids).logits
+            with adapter.conditioned("b"):
+                other = adapter(input_ids=ids).logits
+        assert (both[0] - other[0]).abs().max() > 1e-3
+        assert torch.allclose(both[1], other[1], atol=1e-4)
+        with pytest.raises(AdapterError, match="no task 'c'"), adapter.conditioned("c"):
+            adapter(input_ids=ids)
+        with pytest.raises(ConfigError, match="of task c"):
+            adapter.method.for_tasks(["a", "c"])
+        assert "acts by a row's task" in str(adapter.method.asks)
+
+
+def test_a_run_of_a_mix_learns_the_tasks_of_its_rows(
+    folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(folder / "rows.jsonl", by_number(("a", "b")))
+    common = (f"base={tiny_folder}", "dtype=float32", "train.samples=0", "train.max_steps=3")
+    settings = "method={name: mix, methods: [{name: conditional, bottleneck: 3, size: 4}]}"
+    assert command("train", *common, f"data.train={data}", settings, "output=run") == 0
+    adapter = veneer.load_adapter("run")
+    assert [method.tasks for method in adapter.method.members()] == [("a", "b")]
+    with pytest.raises(AdapterError, match="no task 'c'"):
+        list(veneer.predict(adapter, by_number(("c",))))
+    capsys.readouterr()
+    new = write_jsonl(folder / "new.jsonl", by_number(("c",)))
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    perturb(base.attach(method_class("conditional")(bottleneck=3, tasks=["a", "b"]), "one"))
+    perturb(base.attach(method_class("pfeiffer")(bottleneck=3), "two"))
+    base["one"].save("one")
+    base["two"].save("two")
+    capsys.readouterr()
+    fusion = "method={name: fusion, adapters: [one, two]}"
+    assert command("train", *common, f"data.train={new}", "output=fused", fusion) == 2
+    assert "of task c" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(runs, "load_base", None)  # it is told before the base is loaded
+    assert command("train", *common, f"data.train={new}", "output=more", "--continue", "run") == 2
+    assert "takes no new tasks once it is made" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_conditional_teacher_is_told_the_tasks(folder: Path, tiny_folder: Path) -> None:
+    """Its divergence from a student that is a copy of it is zero; from one told nothing it isn't."""
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    method = method_class("conditional")(tasks=["a", "b"], bottleneck=3, size=4)
+    teacher = base.attach(method, "t")
+    perturb(teacher, std=0.4)
+    teacher.save("teacher")
+    base.detach("t")
+    student = base.load("teacher", "s")
+    how = {"teacher": "teacher", "weight": 1.0}
+    rows = by_number(("a", "b"))
+    result = veneer.train(student, rows, distill=how, max_steps=1, samples=0, learning_rate=1e-9)
+    assert result.before is not None
+    assert abs(result.before["divergence"]) < 1e-6
+    plain = base.attach(veneer.LoRA(rank=2), "l")
+    with pytest.raises(ConfigError, match=r"distill\.teacher: teacher is told .* of task c"):
+        veneer.train(plain, by_number(("a", "c")), distill=how, max_steps=1)
+    with pytest.raises(ConfigError, match=r"distill\.teacher: teacher is told .* no `task` column"):
+        veneer.train(plain, [{"prompt": "a", "completion": "b"}] * 20, distill=how, max_steps=1)
+    assert set(base.adapters) == {"s", "l"}

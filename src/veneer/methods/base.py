@@ -159,8 +159,6 @@ class Method(BaseModel):
     """A default that learns."""
     baseline: ClassVar[Literal["whole", "head"] | None] = None
     """What it is a baseline for in comparisons: training the whole base, or nothing of it but the task's head."""
-    conditioned: ClassVar[bool] = False
-    """Whether it acts by what each row is told of its task."""
     row_mixable: ClassVar[bool] = True
     """Whether rows under it may share a batch with rows that are not."""
     peft_type: ClassVar[str]
@@ -180,6 +178,16 @@ class Method(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether it acts by what each row is told of its task."""
+        return False
+
+    @property
+    def asks(self) -> str | None:
+        """Why it can't act on any text at all, as a clause whose subject it is; None if it can."""
+        return None
 
     def for_tasks(self, names: Sequence[str] | None) -> Method:
         """Itself, for data whose rows are of these tasks; None if they say nothing of tasks.

@@ -56,6 +56,10 @@ class Mix(Mixture):
         """Those given."""
         return self.methods
 
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """With methods that know these tasks."""
+        return Mix(methods=[method.for_tasks(names) for method in self.methods])
+
     def on(self, base: BaseWeights) -> Method:
         """With what only this base can tell of each."""
         return Mix(methods=[method.on(base) for method in self.methods])

@@ -56,6 +56,27 @@ class Mixture(Method):
     def members(self) -> Sequence[Method]:
         """The methods."""
 
+    @property
+    def conditioned(self) -> bool:
+        """Whether one of them does."""
+        return any(method.conditioned for method in self.members())
+
+    @property
+    def asks(self) -> str | None:
+        """The reason of the first that has one."""
+        found = (f"holds {method.name}, which {method.asks}" for method in self.members() if method.asks)
+        return next(found, None)
+
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """Itself, whose methods know all of these tasks if they act by any.
+
+        Raises:
+            ConfigError: one doesn't.
+        """
+        for method in self.members():
+            method.for_tasks(names)
+        return self
+
     def sites(self, sites: SiteMap) -> Sequence[Junction]:
         """Where any of them acts."""
         found: dict[str, list[tuple[int, Any]]] = {}

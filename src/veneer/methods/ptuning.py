@@ -76,6 +76,11 @@ class PTuning(VirtualTokens):
             raise ValueError(f"slots are numbers from 1, at most the length of {self.length} together")
         return self
 
+    @property
+    def asks(self) -> str | None:
+        """Markers, where there are slots."""
+        return f"stands at markers {self.marker} in the text, and general texts have none" if self.slots else None
+
     def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The embeddings ``[l, d]`` and the network's parameters; the marker's id where there are slots."""
         d = sites[0].out_features

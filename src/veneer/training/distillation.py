@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,16 @@ class Distillation:
 
 
 @contextlib.contextmanager
-def distilling(adapter: Adapter, task: Task, settings: DistillSettings | None) -> Iterator[Distillation | None]:
+def distilling(
+    adapter: Adapter, task: Task, settings: DistillSettings | None, names: Sequence[str] | None = None
+) -> Iterator[Distillation | None]:
     """The loss with the teacher that the settings ask for, if they do, who is there as long as the block lasts.
+
+    Args:
+        adapter: the student.
+        task: what for.
+        settings: how; None: not at all.
+        names: of the tasks the rows are of, if they say.
 
     Raises:
         ConfigError: there is no such teacher, or none that could teach this: of another task, vocabulary or labels.
@@ -139,6 +147,8 @@ def distilling(adapter: Adapter, task: Task, settings: DistillSettings | None) -
         return
     teacher, base = _teacher(adapter, task, settings.teacher)
     try:
+        if isinstance(teacher, Adapter):
+            _check_tasks(teacher, settings.teacher, names)
         yield Distillation(task, settings, teacher, base)
     finally:
         if base is adapter.base and isinstance(teacher, Adapter):
@@ -195,6 +205,15 @@ def _adapter(folder: str, student: Adapter, task: Task) -> Adapter:
         raise ConfigError(f"distill.teacher: {error}") from error
     teacher.requires_grad_(False)
     return teacher
+
+
+def _check_tasks(teacher: Adapter, name: str, names: Sequence[str] | None) -> None:
+    try:
+        teacher.method.for_tasks(names)
+    except ConfigError as error:
+        raise ConfigError(
+            f"distill.teacher: {name} is told at each row which task it is of, and must know it. {error}"
+        ) from error
 
 
 def _check_vocabulary(base: Base, other: Base, name: str) -> None:
