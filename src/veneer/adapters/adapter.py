@@ -249,8 +249,8 @@ class Adapter(Trainable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its parameters."""
-        return sum(p.nbytes for p in self.parameters())
+        """Bytes of what its files hold: what it trains, and what else it can't do without (places of entries …)."""
+        return sum(value.nbytes for value in self.state_dict().values())
 
     def merged(self) -> nn.Module:
         """A copy of the base model with this adapter folded into its weights. The base stays as it is.

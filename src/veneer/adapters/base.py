@@ -115,6 +115,7 @@ class Base(Pretrained):
 
         Raises:
             AdapterError: the name is taken or not a name.
+            ConfigError: the method has settings that only a training's end gives.
             TargetError: the method's targets match nothing.
         """
         if not isinstance(method, Method):
@@ -123,6 +124,8 @@ class Base(Pretrained):
                 'veneer.methods.method_class("ia3")().'
             )
         self._check_name(name)
+        if not loading:
+            method.check_new()
         trained = [self._trained(origin) for origin in method.origins]
         method = method.over([each for each, _, _ in trained])
         weights = BaseWeights(self.model, self.tokenizer, task or {}, loading, self.original)

@@ -57,7 +57,8 @@ def methods_(
     cls = method_class(name)
     found = facts(cls)
     if json:
-        print_json({**_about(cls, found), "settings": cls.model_json_schema().get("properties", {})})
+        settings = cls.model_json_schema().get("properties", {})
+        print_json({**_about(cls, found), "settings": {k: v for k, v in settings.items() if k not in cls.outcomes}})
         return
     console.print(inspect.getdoc(sys.modules[cls.__module__]) or cls.summary, markup=False)
     console.print()
@@ -73,7 +74,9 @@ def methods_(
     }
     console.print(table(("", ""), told.items()), markup=False)
     fields = [
-        (field, _default(info), " ".join((info.description or "").split())) for field, info in cls.model_fields.items()
+        (field, _default(info), " ".join((info.description or "").split()))
+        for field, info in cls.model_fields.items()
+        if field not in cls.outcomes
     ]
     if fields:
         console.print()

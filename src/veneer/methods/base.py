@@ -161,6 +161,8 @@ class Method(BaseModel):
     """What it is a baseline for in comparisons: training the whole base, or nothing of it but the task's head."""
     row_mixable: ClassVar[bool] = True
     """Whether rows under it may share a batch with rows that are not."""
+    outcomes: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say what a training came to: its files have them, and nobody gives them."""
     peft_type: ClassVar[str]
     """Its ``peft_type`` in ``adapter_config.json``: peft's own wherever peft has the method."""
     peft_prefix: ClassVar[str] = "base_model.model."
@@ -178,6 +180,12 @@ class Method(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
+
+    def check_new(self) -> None:
+        """Raises ConfigError if it is not what a new adapter can be, but only what one that is trained comes to."""
+        for name in sorted(self.outcomes):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(f"method.{name}: only the training of {self.name} sets it, at its end; leave it out.")
 
     @property
     def conditioned(self) -> bool:

@@ -56,6 +56,12 @@ class Mixture(Method):
     def members(self) -> Sequence[Method]:
         """The methods."""
 
+    def check_new(self) -> None:
+        """Nor any of them."""
+        super().check_new()
+        for method in self.members():
+            method.check_new()
+
     @property
     def conditioned(self) -> bool:
         """Whether one of them does."""

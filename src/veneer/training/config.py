@@ -125,7 +125,7 @@ class RunConfig(BaseModel):
             if "method" in values and method_from_config(values["method"]) != own["method"]:
                 problems.append("method: is that of the adapter it continues from; leave it out")
             values = own | values | {"method": own["method"]}
-        values["method"], wrong = _parse_method(values.get("method", DEFAULT))
+        values["method"], wrong = _parse_method(values.get("method", DEFAULT), new=not values.get("continue_from"))
         problems += wrong
         if isinstance(values.get("task"), str):
             values["task"] = {"name": values["task"]}
@@ -225,11 +225,14 @@ def _of_adapter(folder: str) -> dict[str, Any]:
     return {"base": base_name(folder), "method": read_method(folder), "quantize": quantized}
 
 
-def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:
+def _parse_method(raw: Any, *, new: bool) -> tuple[Method | None, list[str]]:
     if not isinstance(raw, str | Mapping | Method):
         return None, [f"method: {raw!r} is neither a name nor a mapping with one"]
     try:
-        return method_from_config(raw), []
+        method = method_from_config(raw)
+        if new:
+            method.check_new()
+        return method, []
     except UnknownName as error:
         return None, [f"method: {error}"]
     except ConfigError as error:
