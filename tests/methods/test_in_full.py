@@ -14,7 +14,7 @@ import veneer
 from helpers import perturb, sums, tiny_bert, tiny_llama
 from veneer.adapters.hooks import SiteHooks
 from veneer.errors import AdapterError, AdapterFileError, ConfigError, TargetError
-from veneer.methods import method_class
+from veneer.methods import method_class, method_from_config
 
 Full, Partial, Tokens = (method_class(name) for name in ("full", "partial", "tokens"))
 
@@ -271,3 +271,20 @@ def test_pefts_config() -> None:
     import peft
 
     assert veneer.from_peft(peft.TrainableTokensConfig(token_indices=[3, 5])) == Tokens(tokens=(3, 5))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tokens_that_no_row_has_are_told_before_training(
+    inside: bool, folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"say {n}", "completion": "<file_sep> it"} for n in range(6)]
+    method: dict[str, object] = {"name": "tokens", "tokens": ["<repo_name>", "<file_sep>"]}
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    adapter = base.attach(method_class("mix")(methods=[method, "norm"]) if inside else method_from_config(method))
+    veneer.train(adapter, rows, validation=0, max_steps=1, samples=0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"warning: training: '<repo_name>' (token {base.tokenizer.convert_tokens_to_ids('<repo_name>')}) occurs in"
+        in told
+    )
+    assert "file_sep>' (token" not in told

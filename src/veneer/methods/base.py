@@ -257,6 +257,10 @@ class Method(BaseModel):
         """What is wrong with parameters from a file whose sizes it told, or that point somewhere; None if nothing."""
         return None
 
+    def meets(self) -> Collection[int]:
+        """Ids of the tokens that its parameters belong to: rows without them teach these nothing."""
+        return ()
+
     def on(self, base: BaseWeights) -> Method:
         """The method with what only this base can tell (which id a token has)."""
         return self
@@ -291,6 +295,11 @@ class Method(BaseModel):
     def surveys(self) -> bool:
         """Whether it wants to look at the data before the first step of a training."""
         return False
+
+    @property
+    def lookers(self) -> Sequence[str]:
+        """Names of the methods in it that want to look at the data: itself, or nobody."""
+        return [self.name] if self.surveys() else []
 
     def surveyed(
         self,

@@ -127,6 +127,10 @@ class Mixture(Method):
         """Those of each method."""
         return {key_of(index, name) for index, method in enumerate(self.members()) for name in method.sized()}
 
+    def meets(self) -> Collection[int]:
+        """Those of each method."""
+        return {token for method in self.members() for token in method.meets()}
+
     def fault(self, site: Junction, parameters: Mapping[str, Tensor]) -> str | None:
         """That of the first method with one."""
         faults = (self.members()[index].fault(own, parameters_of(index, parameters)) for index, own in site.members)
@@ -160,6 +164,11 @@ class Mixture(Method):
     def surveys(self) -> bool:
         """Whether one of them wants to look at the data."""
         return any(method.surveys() for method in self.members())
+
+    @property
+    def lookers(self) -> Sequence[str]:
+        """Those of its methods."""
+        return [name for method in self.members() for name in method.lookers]
 
     def surveyed(
         self,

@@ -67,8 +67,16 @@ def preflight(
     for finding in checked.report.findings:
         console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
         console.print(finding.message, markup=False)
+    training = checked.prepared[parts[0].name]
+    if unmet := unmet_tokens(adapter, training):
+        console.print("[yellow]warning:[/yellow] training: ", end="")
+        console.print(
+            f"{', '.join(unmet)} {'occur' if len(unmet) > 1 else 'occurs'} in no row, so {adapter.method.name} learns "
+            "nothing of what that means. Is it spelt in the text as the tokenizer has it?",
+            markup=False,
+        )
     check_markers(adapter, checked)
-    check_memory(adapter, checked.prepared[parts[0].name], settings)
+    check_memory(adapter, training, settings)
     show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
     return checked
 
@@ -80,6 +88,14 @@ def refuse(report: DataReport) -> None:
         raise DataError(f"The data are not fit to learn from. {refused[0]}")
     if refused:
         raise DataError("The data are not fit to learn from:\n" + "\n".join(f"  - {each}" for each in refused))
+
+
+def unmet_tokens(adapter: Adapter, training: Prepared) -> list[str]:
+    """The tokens whose own parameters are trained and which no example has, as the tokenizer writes them."""
+    unmet = set(adapter.method.meets())
+    for examples in training.examples.iter(1000) if unmet else ():
+        unmet.difference_update(*examples["input_ids"])
+    return [f"{adapter.base.tokenizer.decode([token])!r} (token {token})" for token in sorted(unmet)]
 
 
 def check_markers(adapter: Adapter, checked: Checked) -> None:
