@@ -186,8 +186,13 @@ def test_a_tied_embedding_is_trained_for_the_input_alone() -> None:
 
 
 def test_nothing_left_says_so() -> None:
-    with pytest.raises(TargetError, match="Nothing is left of targets"):
-        veneer.Base(tiny_llama()).attach(Partial(layers="7:"), "a")
+    for settings, message in (
+        ({"layers": "7:"}, r"layers='7:' picks none of this base's 2 layers, 0 to 1\.$"),
+        ({"layers": "-1:", "exclude": "everything"}, r"left of targets='everything' without exclude='everything' in"),
+        ({"targets": "evrything"}, "Did you mean 'everything'"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            veneer.Base(tiny_llama()).attach(Partial(**settings), "a")
 
 
 # Tokens

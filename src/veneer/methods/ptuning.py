@@ -4,7 +4,8 @@
     h = MLP(E)                  MLP = Linear, ReLU, Linear, ReLU, Linear        (encoder: mlp, as in NeMo and peft)
 
 h_1 … h_l are embeddings of virtual tokens. They stand before the input, or at slots in it: wherever the text has the
-marker, a token of the base's own that its texts don't otherwise have, such as T5's ``<extra_id_0>``:
+marker. That has to be a special token of the base's tokenizer which its texts don't otherwise have, such as T5's
+``<extra_id_0>``, SmolLM2's ``<repo_name>`` or BERT's ``[MASK]``: ordinary words would be cut up with their neighbours.
 
     method: {name: ptuning, length: 8, marker: <extra_id_0>, slots: [3, 2]}
     text:   "<extra_id_0> It was a great film. <extra_id_0> The film is"
@@ -176,9 +177,12 @@ class PTuning(VirtualTokens):
                 )
             known = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
             if marker not in known:
+                roles = ("bos", "eos", "unk", "sep", "pad", "cls")  # of which texts have some anyway
+                taken = {getattr(tokenizer, f"{role}_token", None) for role in roles}
+                fit = ", ".join(token for token in known if token not in taken)
                 raise AdapterError(
-                    f"ptuning: marker {marker!r} is no special token of this base, so texts would hide it in others. "
-                    f"There are: {', '.join(known)}. Choose one its texts don't otherwise have."
+                    f"ptuning: marker {marker!r} is no special token of this base's tokenizer, as a marker must be: "
+                    + (f"one of {fit}. Write it into the texts where a slot is to be." if fit else "it has none spare.")
                 )
             marker = known[marker]
         assert marker is not None

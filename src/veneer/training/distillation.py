@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.adapters import Adapter, Base
 from veneer.adapters.files import base_name, read_record, weights_hash
-from veneer.errors import AdapterFileError, ConfigError
+from veneer.errors import AdapterFileError, ConfigError, FetchError, did_you_mean
 from veneer.tasks import Outcome, Task, load_base, task_from_config
 from veneer.tasks.base import Scores
 from veneer.training.settings import DistillSettings
@@ -167,12 +167,32 @@ def _teacher(adapter: Adapter, task: Task, name: str) -> tuple[nn.Module, Base]:
     if _is_adapter(name):
         teacher = _adapter(name, adapter, task)
         return teacher, teacher.base
-    other = load_base(name, task=task.name, device=base.device)
+    if _looks_local(name):
+        raise ConfigError(f"distill.teacher: there is no {name}.{_runs_beside(name)}")
+    try:
+        other = load_base(name, task=task.name, device=base.device)
+    except FetchError as error:
+        raise ConfigError(
+            f"distill.teacher: there is no folder {name} here, and as a base it cannot be had: {error}"
+        ) from error
     other.model.requires_grad_(False)
     _check_vocabulary(base, other, name)
     if not task.plain_base:
         _check_labels(task, other, name)
     return other.model, other
+
+
+def _looks_local(name: str) -> bool:
+    """Whether nothing is where a path leads, rather than a hub id or a catalogue name."""
+    path = Path(name).expanduser()
+    written = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return not path.exists() and (written or (len(path.parts) > 1 and path.parent.is_dir()))
+
+
+def _runs_beside(name: str) -> str:
+    beside = Path(name).expanduser().parent
+    runs = sorted(each.name for each in beside.glob("*") if _is_adapter(str(each))) if beside.is_dir() else []
+    return did_you_mean(Path(name).name, runs) or (f" Adapters in {beside}: {', '.join(runs)}." if runs else "")
 
 
 def _is_adapter(name: str) -> bool:
