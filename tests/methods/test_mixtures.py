@@ -207,9 +207,13 @@ def test_the_pull_of_fusion(tmp_path: Path) -> None:
     ("name", "settings", "says"),
     [
         ("mix", {}, "methods"),
-        ("mix", {"methods": []}, "at least 1"),
+        ("mix", {"methods": []}, "should have at least one$"),
         ("mix", {"methods": ["lorra"]}, "lorra"),
-        ("mix", {"methods": [{"name": "lora", "rnk": 3}]}, "rnk"),
+        (
+            "mix",
+            {"methods": [{"name": "lora", "rnk": 3}]},
+            r"^method\.methods\[0\]\.rnk: unknown setting of lora\. Did you mean 'rank'\?$",
+        ),
         ("fusion", {}, "two trained adapters"),
         ("fusion", {"adapters": ["one"]}, "two trained adapters"),
         ("parallel", {"scale": 0}, "scale"),

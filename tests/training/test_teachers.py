@@ -110,8 +110,8 @@ def test_an_adapter_over_another_base_may_teach(tiny_folder: Path, tmp_path: Pat
     ("settings", "message"),
     [
         ({}, "distill.teacher: is missing"),
-        ({"teacher": "base", "weight": 1.5}, "distill.weight: input should be less than or equal to 1"),
-        ({"teacher": "base", "temperature": 0}, "distill.temperature: input should be greater than 0"),
+        ({"teacher": "base", "weight": 1.5}, "distill.weight: should be less than or equal to 1"),
+        ({"teacher": "base", "temperature": 0}, "distill.temperature: should be greater than 0"),
         ({"teacher": "base", "divergence": "backward"}, "'forward', 'reverse' or 'jsd'"),
         ({"teacher": "base", "lambda": 1}, "distill.lambda: unknown key"),
         ({"teacher": "nobody"}, "No base called 'nobody'"),

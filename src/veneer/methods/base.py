@@ -17,6 +17,7 @@ from veneer.bases import Site, SiteMap
 from veneer.bases.weights import bare, parameters_at, weight_of
 from veneer.deltas import AtParameter, Delta, Flow
 from veneer.errors import AdapterError, ConfigError, did_you_mean
+from veneer.mistakes import mistakes
 
 
 @dataclass(frozen=True)
@@ -272,16 +273,11 @@ class Method(BaseModel):
     @classmethod
     def _problems(cls, error: ValidationError) -> list[str]:
         found = []
-        for problem in error.errors():
-            if not problem["loc"]:  # several of its settings, together
-                found.append(f"method: {problem['msg'].removeprefix('Value error, ')}")
+        for mistake in mistakes(error, lambda loc: 2 if len(loc) > 1 and isinstance(loc[1], int) else 1):
+            if mistake.kind != "extra_forbidden":
+                found.append(mistake.line("method"))
                 continue
-            key = str(problem["loc"][0])
-            if problem["type"] != "extra_forbidden":
-                found.append(
-                    f"method.{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-                )
-                continue
+            key = str(mistake.path[0])
             known = ", ".join(cls.model_fields)
             hint = f" It is called method.{cls.peft_names[key]} here." if key in cls.peft_names else ""
             hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else " It has none.")
