@@ -15,6 +15,7 @@ from helpers import perturb, sums, tiny_bert, tiny_llama
 from veneer.adapters.hooks import SiteHooks
 from veneer.errors import AdapterError, AdapterFileError, ConfigError, TargetError
 from veneer.methods import method_class, method_from_config
+from veneer.tasks.sequence_classification import SequenceClassification
 
 Full, Partial, Tokens = (method_class(name) for name in ("full", "partial", "tokens"))
 
@@ -293,3 +294,11 @@ def test_tokens_that_no_row_has_are_told_before_training(
         in told
     )
     assert "file_sep>' (token" not in told
+
+
+def test_all_of_a_base_is_all_of_it_whatever_head_it_gets(minilm: veneer.Base) -> None:
+    """Five labels make a larger head than the base's own two."""
+    task = SequenceClassification(labels=("a", "b", "c", "d", "e"))
+    adapter = minilm.attach(method_class("full")(), "a", modules=task.head(minilm, seed=0), task=task.describe())
+    assert adapter.trainable > minilm.parameter_count
+    assert adapter.trainable_share == 1

@@ -245,7 +245,15 @@ class Adapter(Trainable):
     @property
     def trainable_share(self) -> float:
         """The same as a share of the base's parameters."""
-        return self.trainable / self.base.parameter_count
+        return self.share(self.trainable)
+
+    def share(self, count: int) -> float:
+        """So many numbers as a share of the base's parameters, a head of the adapter's own counted in their place."""
+        replaced = self.base.parameter_count
+        for path, values in self.modules_in_full.items():
+            module = self.base.model.get_submodule(path)
+            replaced += sum(value.numel() - module.get_parameter(name).numel() for name, value in values.items())
+        return count / replaced
 
     @property
     def nbytes(self) -> int:

@@ -160,6 +160,8 @@ class Method(BaseModel):
     """A default that learns."""
     baseline: ClassVar[Literal["whole", "head"] | None] = None
     """What it is a baseline for in comparisons: training the whole base, or nothing of it but the task's head."""
+    of_members: ClassVar[bool] = False
+    """Whether how it acts, merges and mixes by row is told by the methods in its settings alone."""
     row_mixable: ClassVar[bool] = True
     """Whether rows under it may share a batch with rows that are not."""
     outcomes: ClassVar[frozenset[str]] = frozenset()
@@ -227,6 +229,10 @@ class Method(BaseModel):
     @abstractmethod
     def sites(self, sites: SiteMap) -> Sequence[Any]:
         """Where it acts in this base: `Site`s or `AttentionSite`s."""
+
+    def remarks(self, sites: Sequence[Any]) -> Sequence[str]:
+        """What it does otherwise at these sites than its settings say, in sentences for people."""
+        return ()
 
     def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Initial values of parameters that all sites share, float32, by name."""

@@ -40,6 +40,7 @@ class Mix(Mixture):
     name: ClassVar[str] = "mix"
     summary: ClassVar[str] = "any list of methods as one adapter"
     peft_type: ClassVar[str] = "VENEER_MIX"
+    of_members: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"methods": ["bitfit", "norm"]}
 
     methods: tuple[Member, ...] = Field(min_length=1)

@@ -93,6 +93,10 @@ class Mixture(Method):
                 found.setdefault(site.path, []).append((index, site))
         return [Junction(path, tuple(members)) for path, members in found.items()]
 
+    def remarks(self, sites: Sequence[Junction]) -> Sequence[str]:
+        """Those of each method."""
+        return [said for index, method in enumerate(self.members()) for said in method.remarks(_of(index, sites))]
+
     def shared(self, sites: Sequence[Junction], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """What each method's sites share."""
         return {

@@ -143,7 +143,7 @@ def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress
         seconds=progress.seconds,
         tokens=progress.tokens,
         trainable=trained,
-        trainable_share=trained / adapter.base.parameter_count,
+        trainable_share=adapter.share(trained),
         adapter_bytes=adapter.nbytes,
         base_bytes=adapter.base.nbytes,
         peak_memory=peak_memory(),

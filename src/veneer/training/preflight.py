@@ -60,6 +60,8 @@ def preflight(
             f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
             "or other method.targets."
         )
+    for said in adapter.method.remarks(adapter.sites):
+        console.print(f"note: {said}", markup=False)
     checked = check_data(task, adapter.base, parts, max_truncated=max_truncated, say=console.print)
     for line in checked.report.lines():
         console.print(line, markup=False)
