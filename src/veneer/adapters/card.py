@@ -54,7 +54,7 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
 def _method(adapter: Adapter) -> list[str]:
     settings = ", ".join(f"{key} {_said(value)}" for key, value in adapter.method.model_dump(mode="json").items())
     trained = adapter.record.get("result", {}).get("trainable", adapter.trainable)
-    of_base = f"{trained / adapter.base.parameter_count:.3%} of the base's {adapter.base.parameter_count:,}"
+    of_base = f"{adapter.share(trained):.3%} of the base's {adapter.base.parameter_count:,}"
     kept = f"; {adapter.trainable:,} kept" if trained != adapter.trainable else ""
     return [
         f"{adapter.method.name}: {settings or 'no settings'}",

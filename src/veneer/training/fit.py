@@ -38,7 +38,7 @@ class Result:
         tokens: seen in training, padding not counted; likewise.
         trainable: numbers trained.
         trainable_share: the same as a share of the base's parameters.
-        adapter_bytes: of the adapter's parameters.
+        adapter_bytes: of what the adapter's files hold.
         base_bytes: of the base's parameters.
         peak_memory: bytes the process held at most.
         before: validation of the untrained adapter, or None without validation data.
@@ -143,7 +143,7 @@ def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress
         seconds=progress.seconds,
         tokens=progress.tokens,
         trainable=trained,
-        trainable_share=trained / adapter.base.parameter_count,
+        trainable_share=adapter.share(trained),
         adapter_bytes=adapter.nbytes,
         base_bytes=adapter.base.nbytes,
         peak_memory=peak_memory(),

@@ -60,6 +60,8 @@ def preflight(
             f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
             "or other method.targets."
         )
+    for said in adapter.method.remarks(adapter.sites):
+        console.print(f"note: {said}", markup=False)
     checked = check_data(task, adapter.base, parts, max_truncated=max_truncated, say=console.print)
     for line in checked.report.lines():
         console.print(line, markup=False)
@@ -67,8 +69,16 @@ def preflight(
     for finding in checked.report.findings:
         console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
         console.print(finding.message, markup=False)
+    training = checked.prepared[parts[0].name]
+    if unmet := unmet_tokens(adapter, training):
+        console.print("[yellow]warning:[/yellow] training: ", end="")
+        console.print(
+            f"{', '.join(unmet)} {'occur' if len(unmet) > 1 else 'occurs'} in no row, so {adapter.method.name} learns "
+            "nothing of what that means. Is it spelt in the text as the tokenizer has it?",
+            markup=False,
+        )
     check_markers(adapter, checked)
-    check_memory(adapter, checked.prepared[parts[0].name], settings)
+    check_memory(adapter, training, settings)
     show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
     return checked
 
@@ -80,6 +90,14 @@ def refuse(report: DataReport) -> None:
         raise DataError(f"The data are not fit to learn from. {refused[0]}")
     if refused:
         raise DataError("The data are not fit to learn from:\n" + "\n".join(f"  - {each}" for each in refused))
+
+
+def unmet_tokens(adapter: Adapter, training: Prepared) -> list[str]:
+    """The tokens whose own parameters are trained and which no example has, as the tokenizer writes them."""
+    unmet = set(adapter.method.meets())
+    for examples in training.examples.iter(1000) if unmet else ():
+        unmet.difference_update(*examples["input_ids"])
+    return [f"{adapter.base.tokenizer.decode([token])!r} (token {token})" for token in sorted(unmet)]
 
 
 def check_markers(adapter: Adapter, checked: Checked) -> None:
