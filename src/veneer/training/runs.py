@@ -73,7 +73,7 @@ def train(
     parts = parts_of(DataSettings.model_construct(train=data, validation=validation), options.seed)
     chosen = _task(adapter, task, parts[0].rows)
     header(adapter, chosen)
-    checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
+    checked, planned = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
         distillation = stack.enter_context(distilling(adapter, chosen, teaching, names_of(parts[0].rows)))
         where = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
@@ -84,6 +84,7 @@ def train(
         "distill": teaching.model_dump(mode="json") if teaching is not None else None,
         "data": {name: facts.of_rows(part.rows) for name, part in zip(("train", "validation"), parts, strict=False)},
         "versions": facts.versions(),
+        "plan": planned,
         "result": asdict(result),
     }
     return result
@@ -126,7 +127,7 @@ def run(
         adapter.record = {"config": config.plain(), **started, "earlier": lessons(origin)}
         header(adapter, task)
         most = config.data.max_truncated
-        checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
+        checked, planned = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
         earlier = Earlier(adapter, task, lessons(origin), config.train.batch_size)
         try:
             result = fit(
@@ -148,7 +149,7 @@ def run(
             saved = checkpoints(output)[-1][1]
             raise Interrupted(f"{stop} Saved in {saved}; the same command goes on from there.") from None
         result = replace(result, earlier=earlier.report())
-        adapter.record["result"] = asdict(result)
+        adapter.record |= {"plan": planned, "result": asdict(result)}
         folder.finish(output, adapter, asdict(result))
     summary(adapter, result, output)
     return adapter, result
