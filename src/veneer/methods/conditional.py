@@ -76,9 +76,8 @@ class Conditional(Houlsby):
             )
         if self.tasks and (odd := sorted(set(names) - set(self.tasks))):
             raise ConfigError(
-                f"method.tasks: rows are of task {', '.join(odd)}, but this conditional adapter is for "
-                f"{', '.join(self.tasks)}, and takes no new tasks once it is made. Leave these rows out, or train a "
-                "new one on the rows of all tasks."
+                f"method.tasks: rows are of task {', '.join(odd)}, but it has {', '.join(self.tasks)}. A conditional "
+                "adapter takes no new tasks once it is made: leave these rows out, or train a new one that has all."
             )
         return self if self.tasks else self.model_copy(update={"tasks": tuple(names)})
 

@@ -57,20 +57,19 @@ class FISH(Targeted):
     def initial(
         self, sites: Sequence[Site], generator: torch.Generator, base: BaseWeights
     ) -> dict[str, dict[str, Tensor]]:
-        """As many random entries of all maps as there will be, until the data have been seen."""
+        """Random entries, spread evenly, as many in all maps together as there will be once the data have been seen."""
         shapes = {}
         for site in sites:
             own = base.model.get_submodule(site.module)._parameters[site.parameter or "weight"]
             if kind_of(own) is not None and not base.loading:
                 raise TargetError(f"fish needs the weights' gradients, and {site.path} is quantised: it has none.")
             shapes[site.path] = base.parameters(site)["weight"].shape
-        total = sum(shape.numel() for shape in shapes.values())
-        chosen = distinct(self.count(total), total, generator)
-        values, start = {}, 0
+        total, start = sum(shape.numel() for shape in shapes.values()), 0
+        k, values = self.count(total), {}
         for path, shape in shapes.items():
-            low, high = torch.searchsorted(chosen, torch.tensor([start, start + shape.numel()])).tolist()
-            values[path] = entries(chosen[low:high] - start, shape[-1])
-            start += shape.numel()
+            end = start + shape.numel()
+            values[path] = entries(distinct(k * end // total - k * start // total, end - start, generator), shape[-1])
+            start = end
         return values
 
     def count(self, total: int) -> int:

@@ -24,7 +24,7 @@ from veneer.training.preflight import Pace
 from veneer.training.progress import Progress, Samples, console, peak_memory
 from veneer.training.rows import TRAINING, VALIDATION
 from veneer.training.settings import TrainSettings
-from veneer.training.survey import survey
+from veneer.training.survey import survey, tell_trained
 from veneer.training.trainer import Trainer
 
 
@@ -88,7 +88,10 @@ def fit(
     """
     base = adapter.base
     if resume is not None:
+        looked = adapter.unsurveyed  # it had, before the run was cut off
         files.resume(adapter, resume)
+        if looked:
+            tell_trained(adapter)
     train_set, validation = checked.prepared[TRAINING], checked.prepared.get(VALIDATION)
     arguments = _arguments(adapter, settings, output, len(train_set.examples), validation is not None, resume)
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)

@@ -25,9 +25,13 @@ def survey(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSett
         who = method.lookers
         console.print(f"{' and '.join(who)} look{'s' if len(who) == 1 else ''} at the data before the first step")
         adapter.survey(RowSurvey(adapter, task, prepared, settings.batch_size, settings.seed))
-        console.print(
-            f"{method.name} now trains {adapter.trainable:,} numbers ({adapter.trainable_share:.2%} of the base)"
-        )
+        tell_trained(adapter)
+
+
+def tell_trained(adapter: Adapter) -> None:
+    """Print how much is trained, now that a look at the data has decided it."""
+    told = f"{adapter.trainable:,} numbers ({adapter.trainable_share:.2%} of the base)"
+    console.print(f"{adapter.method.name} now trains {told}")
 
 
 class RowSurvey:
