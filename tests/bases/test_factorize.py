@@ -175,6 +175,14 @@ def test_maps_that_would_not_get_smaller_are_left_whole(tmp_path: Path) -> None:
     assert veneer.load_base(tmp_path / "out").sites.resolve("k")
 
 
+def test_what_is_factored_already(tmp_path: Path) -> None:
+    veneer.factorize(veneer.Base(tiny_llama()), tmp_path / "half", keep=0.5)
+    with pytest.raises(ConfigError, match=r"smaller with keep 0\.5: .* factored already, .* Take a smaller share"):
+        veneer.factorize(tmp_path / "half", tmp_path / "out", keep=0.5)
+    with pytest.raises(BaseError, match="cannot be quantised: its linear maps are factored"):
+        veneer.load_base(tmp_path / "half", quantize="int8")
+
+
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = veneer.Base(tiny_llama())
     for settings, message in (

@@ -168,7 +168,7 @@ def test_mistakes_are_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BaseError, match=r"'nf5' is none of nf4, int8\. Did you mean 'nf4'"):
         veneer.load_base(tiny, quantize="nf5")
     whole = {"base": "b", "data": {"train": "d"}, "output": "o"}
-    with pytest.raises(ConfigError, match="quantize: input should be 'nf4' or 'int8'"):
+    with pytest.raises(ConfigError, match="quantize: should be 'nf4' or 'int8'"):
         RunConfig.parse(whole | {"quantize": "int4"})
     with pytest.raises(ConfigError, match=r"load_in_4bit: unknown key. It is called quantize \(nf4\) here"):
         RunConfig.parse(whole | {"load_in_4bit": True})

@@ -62,7 +62,7 @@ def test_regular_expressions_exclusions_and_layers() -> None:
     assert {site.layer for site in sites.resolve("mlp", layers="-2:-1")} == {0}
     for options, message in (
         ({"exclude": ["all-linear"]}, "Nothing is left"),
-        ({"layers": "5:"}, "Nothing is left"),
+        ({"layers": "5:"}, "picks none of this base's 2 layers, 0 to 1"),
         ({"layers": "first"}, "is no slice"),
         ({"exclude": ["mpl"]}, "Did you mean 'mlp'"),
     ):

@@ -425,8 +425,8 @@ def test_it_must_fit_into_memory(
     monkeypatch.setattr("veneer.training.preflight.available_memory", lambda device: 100_000)
     assert run("train", *options(tiny_folder)) == 2
     err = capsys.readouterr().err
-    assert re.search(r"A step needs at least .* of memory, but 100.0 kB are free", err)
-    assert "Lower train.batch_size (and raise train.accumulation), task.max_length, or set train.checkpointing" in err
+    assert re.search(r"A step needs about .* of memory besides base and adapter, but 100.0 kB are free", err)
+    assert "Lower train.batch_size (and raise train.accumulation), train.pass_tokens or task.max_length, or set" in err
     assert not Path("out").exists()
 
 

@@ -41,9 +41,9 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["lora"]["paper"] == "Hu et al. 2021, arXiv:2106.09685"
     assert told["head"]["paper"] is None
     for name, contract in CONTRACTS.items():  # found by trying here, promised and proved there
-        facts = told[contract.method or name]
-        assert facts["mergeable"] == contract.merges, name
-        assert facts["row_mixable"] == method_class(contract.method or name).row_mixable, name
+        facts, cls = told[contract.method or name], method_class(contract.method or name)
+        assert facts["mergeable"] == (None if cls.of_members else contract.merges), name
+        assert facts["row_mixable"] == (None if cls.of_members else cls.row_mixable), name
 
 
 def test_a_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +96,10 @@ def test_a_method_that_cannot_be_tried(capsys: pytest.CaptureFixture[str]) -> No
     assert re.search(r"what +needed", capsys.readouterr().out)
     assert command("methods", "needy", "--json") == 0
     assert json.loads(capsys.readouterr().out)["deltas"] is None
+
+
+def test_what_depends_on_members_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("methods", "mix") == 0
+    assert re.search(r"merges +as its methods", capsys.readouterr().out)
+    assert command("methods", "mix", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["mergeable"] is None

@@ -160,6 +160,21 @@ def test_not_defined_for_adapters_that_ask_for_a_task(tiny_folder: Path) -> None
     assert "acts by a row's task" in str(found.undefined)
 
 
+def test_not_defined_for_slots(tiny_folder: Path, folder: Path) -> None:
+    """Scores are told all the same."""
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    method = method_class("ptuning")(length=3, slots=(2,), marker="<repo_name>")
+    task = CausalLM(max_new_tokens=4).describe()
+    adapter = base.attach(method, "p", task=task)
+    rows = [{"prompt": "a <repo_name> b", "completion": "c"}] * 3
+    report = veneer.evaluate(adapter, rows)
+    assert report.adapter["loss"].value > 0
+    assert report.forgetting is not None
+    assert "stands at markers <repo_name>" in str(report.forgetting.undefined)
+    mix = base.attach(method_class("mix")(methods=[method, "lora"]), "m", task=task)
+    assert "holds ptuning, which stands at markers" in str(forgetting(mix).undefined)
+
+
 def test_questions_have_four_answers() -> None:
     assert all(len(set(q.choices)) == 4 and q.answer == 0 for q in questions())
 

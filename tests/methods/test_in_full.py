@@ -14,7 +14,8 @@ import veneer
 from helpers import perturb, sums, tiny_bert, tiny_llama
 from veneer.adapters.hooks import SiteHooks
 from veneer.errors import AdapterError, AdapterFileError, ConfigError, TargetError
-from veneer.methods import method_class
+from veneer.methods import method_class, method_from_config
+from veneer.tasks.sequence_classification import SequenceClassification
 
 Full, Partial, Tokens = (method_class(name) for name in ("full", "partial", "tokens"))
 
@@ -186,8 +187,13 @@ def test_a_tied_embedding_is_trained_for_the_input_alone() -> None:
 
 
 def test_nothing_left_says_so() -> None:
-    with pytest.raises(TargetError, match="Nothing is left of targets"):
-        veneer.Base(tiny_llama()).attach(Partial(layers="7:"), "a")
+    for settings, message in (
+        ({"layers": "7:"}, r"layers='7:' picks none of this base's 2 layers, 0 to 1\.$"),
+        ({"layers": "-1:", "exclude": "everything"}, r"left of targets='everything' without exclude='everything' in"),
+        ({"targets": "evrything"}, "Did you mean 'everything'"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            veneer.Base(tiny_llama()).attach(Partial(**settings), "a")
 
 
 # Tokens
@@ -271,3 +277,28 @@ def test_pefts_config() -> None:
     import peft
 
     assert veneer.from_peft(peft.TrainableTokensConfig(token_indices=[3, 5])) == Tokens(tokens=(3, 5))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tokens_that_no_row_has_are_told_before_training(
+    inside: bool, folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"say {n}", "completion": "<file_sep> it"} for n in range(6)]
+    method: dict[str, object] = {"name": "tokens", "tokens": ["<repo_name>", "<file_sep>"]}
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    adapter = base.attach(method_class("mix")(methods=[method, "norm"]) if inside else method_from_config(method))
+    veneer.train(adapter, rows, validation=0, max_steps=1, samples=0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"warning: training: '<repo_name>' (token {base.tokenizer.convert_tokens_to_ids('<repo_name>')}) occurs in"
+        in told
+    )
+    assert "file_sep>' (token" not in told
+
+
+def test_all_of_a_base_is_all_of_it_whatever_head_it_gets(minilm: veneer.Base) -> None:
+    """Five labels make a larger head than the base's own two."""
+    task = SequenceClassification(labels=("a", "b", "c", "d", "e"))
+    adapter = minilm.attach(method_class("full")(), "a", modules=task.head(minilm, seed=0), task=task.describe())
+    assert adapter.trainable > minilm.parameter_count
+    assert adapter.trainable_share == 1

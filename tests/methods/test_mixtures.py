@@ -189,7 +189,8 @@ def test_a_fusion_sure_of_one_adapter_is_that_adapter(tmp_path: Path) -> None:
         assert (equal - one(input_ids=ids).logits).abs().max() > 1e-3
         assert (one(input_ids=ids).logits - other(input_ids=ids).logits).abs().max() > 1e-3
         # Fusing an adapter with itself gives that adapter, whatever the weights.
-        twice = base.attach(method_class("fusion")(adapters=["one", "one"]), "twice")
+        base.load(folders[1], "copy")
+        twice = base.attach(method_class("fusion")(adapters=["one", "copy"]), "twice")
         assert torch.allclose(twice(input_ids=ids).logits, one(input_ids=ids).logits, atol=1e-4)
 
 
@@ -207,11 +208,17 @@ def test_the_pull_of_fusion(tmp_path: Path) -> None:
     ("name", "settings", "says"),
     [
         ("mix", {}, "methods"),
-        ("mix", {"methods": []}, "at least 1"),
+        ("mix", {"methods": []}, "should have at least one$"),
         ("mix", {"methods": ["lorra"]}, "lorra"),
-        ("mix", {"methods": [{"name": "lora", "rnk": 3}]}, "rnk"),
+        (
+            "mix",
+            {"methods": [{"name": "lora", "rnk": 3}]},
+            r"^method\.methods\[0\]\.rnk: unknown setting of lora\. Did you mean 'rank'\?$",
+        ),
         ("fusion", {}, "two trained adapters"),
         ("fusion", {"adapters": ["one"]}, "two trained adapters"),
+        ("fusion", {"adapters": ["one", "two", "one"]}, "one is given more than once"),
+        ("fusion", {"adapters": ["runs/a", "./runs/a/adapter"]}, "runs/a and ./runs/a/adapter is given more than once"),
         ("parallel", {"scale": 0}, "scale"),
     ],
 )

@@ -10,6 +10,7 @@ from families import FAMILIES, IDS
 from test_contract import EXACT, off
 
 import veneer
+from veneer.errors import ConfigError
 from veneer.methods import method_class
 
 BEFORE = 3
@@ -103,3 +104,14 @@ def keys_and_values(name: str, encoder: Any, ids: torch.Tensor) -> tuple[torch.T
     for handle in handles:
         handle.remove()
     return whole, seen[short[0]], seen[short[1]]
+
+
+def test_a_networks_width_without_a_network() -> None:
+    base = veneer.Base(FAMILIES["llama"].model())
+    for method in (method_class("prefix")(mlp_width=64), method_class("ptuning2")(mlp_width=64)):
+        with pytest.raises(ConfigError, match=r"method\.mlp_width: .* has none without mlp: true"):
+            base.attach(method, "a")
+    trained = base.attach(method_class("prefix")(mlp=True, mlp_width=8, length=2), "a")
+    trained.settle()  # which keeps the width it had
+    assert trained.method.mlp is False  # type: ignore[attr-defined]
+    assert base.attach(method_class("mam")(mlp=False, bottleneck=2), "mam").trainable

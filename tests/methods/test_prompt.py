@@ -53,7 +53,6 @@ def test_labels_come_first_and_are_means_of_their_tokens(base: veneer.Base) -> N
     assert torch.equal(given[:2], means)
     vocabulary = base.model.get_input_embeddings().weight  # type: ignore[operator]
     assert all((vocabulary == row).all(1).any() for row in given[2:])  # drawn
-    assert torch.equal(table(base, init="class-labels", labels=labels, length=1), means[:1])
     assert torch.equal(table(base, {"labels": labels}, init="class-labels", length=2), means)
     assert torch.equal(table(base, {"labels": ["x", "y"]}, init="class-labels", labels=labels, length=2), means)
 
@@ -133,3 +132,11 @@ def test_what_peft_started_from_a_text(base: veneer.Base, tmp_path: Path) -> Non
         expected, plain = theirs(**batch).logits, base.model(**batch).logits
         assert off(ours(**batch).logits, expected) < 1e-5
         assert off(plain, expected) > 1e-3
+
+
+def test_more_labels_than_tokens() -> None:
+    with pytest.raises(ConfigError, match="3 labels don't fit into a length of 2"):
+        method_class("prompt")(length=2, init="class-labels", labels=["a", "b", "c"])
+    base = veneer.load_base("minilm-l6")
+    with pytest.raises(AdapterError, match="3 labels don't fit into a length of 2"):
+        base.attach(method_class("prompt")(length=2, init="class-labels"), "a", task={"labels": ["a", "b", "c"]})

@@ -14,7 +14,7 @@ from test_contract import EXACT, off
 from test_counts import count
 
 import veneer
-from helpers import perturb
+from helpers import perturb, sums
 from veneer.errors import ConfigError
 from veneer.methods import Method, method_class
 
@@ -197,3 +197,16 @@ def test_configs_of_pefts() -> None:
         veneer.from_peft(peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=0.1))
     with pytest.raises(ConfigError, match="mlp_width"):
         method_class("prefix")(mlp_width=0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("boft", 6), ("oft", 7)])
+def test_blocks_smaller_than_asked_for_are_told(
+    name: str, size: int, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = veneer.load_base(tiny_folder, dtype="float32")
+    adapter = base.attach(method_class("mix")(methods=[{"name": name, "block_size": size, "targets": ["q", "down"]}]))
+    veneer.train(adapter, sums(6), validation=0, max_steps=1, samples=0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"note: {name}: block_size {size} does not fit inputs of width 32, so 2 of 4 maps have blocks of 4." in told
+    fitting = base.attach(method_class(name)(block_size=8), "fits")
+    assert not fitting.method.remarks(fitting.sites)

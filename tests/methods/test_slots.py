@@ -177,7 +177,7 @@ def test_markers_that_mark_nothing() -> None:
 
 def test_a_marker_of_a_real_tokenizer() -> None:
     base = veneer.load_base("minilm-l6")
-    with pytest.raises(AdapterError, match=r"'\[P\]' is no special token of this base.*\[MASK\]"):
+    with pytest.raises(AdapterError, match=r"'\[P\]' is no special token of this base.* one of \[MASK\]\. Write it"):
         base.attach(PTuning(slots=(3,), marker="[P]"))
     adapter = base.attach(PTuning(length=4, slots=(3,), marker="[MASK]"), "a")
     batch = base.tokenizer(["The [MASK] film", "A [MASK]"], padding=True, return_tensors="pt")

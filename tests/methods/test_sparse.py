@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import veneer
-from helpers import sums, tiny_llama
+from helpers import command, perturb, sums, tiny_llama
 from veneer.errors import AdapterFileError, ConfigError, VeneerWarning
 from veneer.methods import method_class
 from veneer.methods.diff_pruning import DiffPruning, Pruning, gate, opening
@@ -310,3 +310,47 @@ def test_a_file_with_entries_that_are_not_there(
 def test_mistakes(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         method_class(name)(**settings)
+
+
+# What both are told of
+
+
+@pytest.mark.parametrize("name", ["fish", "shira", "diff-pruning"])
+def test_the_size_told_is_that_of_the_file(name: str, tmp_path: Path) -> None:
+    """Where entries are counts as much as what they are."""
+    adapter = veneer.Base(tiny_llama().requires_grad_(False)).attach(method_class(name)(), "a")
+    adapter.unsurveyed = False
+    adapter.settle()
+    adapter.save(tmp_path / "a")
+    found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert adapter.nbytes == sum(value.nbytes for value in found.values())
+    assert adapter.nbytes == pytest.approx(adapter.trainable * 4 * 3, rel=0.01)  # value, row, column
+
+
+def test_pruned_is_no_setting_of_a_new_run(folder: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    says = "method.pruned: only the training of diff-pruning sets it"
+    base = veneer.Base(tiny_llama().requires_grad_(False))
+    for method in (DiffPruning(pruned=True), method_class("mix")(methods=[{"name": "diff-pruning", "pruned": True}])):
+        with pytest.raises(ConfigError, match=says):
+            base.attach(method, "a")
+    assert (
+        command(
+            "train",
+            f"base={tiny_folder}",
+            "data.train=nowhere.jsonl",
+            "output=o",
+            "method={name: diff-pruning, pruned: true}",
+        )
+        == 2
+    )
+    assert says in " ".join(capsys.readouterr().err.split())
+    for flags in ((), ("--json",)):
+        assert command("methods", "diff-pruning", *flags) == 0
+        told = capsys.readouterr().out
+        assert "first_phase" in told
+        assert "pruned" not in told.partition("first_phase")[2]
+    adapter = base.attach(DiffPruning(targets=PLACES), "a")
+    perturb(adapter)
+    adapter.settle()
+    adapter.save("a")
+    assert veneer.Base(tiny_llama().requires_grad_(False)).load("a").method.pruned  # type: ignore[attr-defined]

@@ -74,6 +74,24 @@ def test_the_record_and_the_card(arguments: Callable[..., list[str]], tiny_folde
         assert said in body
 
 
+def test_the_plan_is_told_and_kept(
+    arguments: Callable[..., list[str]], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*arguments("out")) == 0
+    said = capsys.readouterr()
+    told = " ".join((said.out + said.err).split())
+    assert re.search(r"plan: a step holds about [0-9.]+ MB of tensors \([0-9]+ rows? of up to", told)
+    plan = record("out")["plan"]
+    step = plan["training"]
+    assert step["total"] == sum(value for name, value in step.items() if name not in ("rows", "tokens", "total"))
+    assert step["weights"] == veneer.load_base(tiny_folder, dtype="float32").nbytes
+    assert step["optimizer"] >= 2 * step["adapter"]
+    assert plan["serving"]["kv"] > 0
+    card = Path("out/adapter/README.md").read_text()
+    assert f"MB (weights {step['weights'] / 1e6:,.1f}" in card
+    assert "a hundred such variants" in card
+
+
 def test_a_card_that_a_person_changed_stays(tiny_folder: Path, folder: Path) -> None:
     adapter = veneer.load_base(tiny_folder, dtype="float32").attach(veneer.LoRA(rank=2))
     adapter.save("saved")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ ROWS = [
 METHODS = {
     "lora": "{name: lora, rank: 2}",
     "tokens": "{name: tokens, tokens: [open, close]}",
-    "fusion": "{name: fusion, adapters: [first/adapter, first/adapter]}",
+    "fusion": "{name: fusion, adapters: [first/adapter, second/adapter]}",
     "conditional": "{name: conditional, bottleneck: 4}",
     "vblora": "vblora",
 }
@@ -57,6 +58,7 @@ def test_a_run_with_a_head(
 ) -> None:
     if name == "fusion":
         assert command(*line("{name: pfeiffer, bottleneck: 4}", "first")) == 0
+        shutil.copytree("first", "second")
     assert command(*line(METHODS[name], "whole")) == 0
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert command(*line(METHODS[name], "cut")) == 130

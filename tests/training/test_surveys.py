@@ -80,7 +80,9 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(
     assert command(*line(name, "cut")) == 130
     capsys.readouterr()
     assert command(*line(name, "cut")) == 0
-    assert "looks at the data" not in capsys.readouterr().err  # the checkpoint's tensors are taken
+    told = capsys.readouterr().err
+    assert "looks at the data" not in told  # the checkpoint's tensors are taken
+    assert ("now trains" in told) == (name in ("fish", "eva", "mix"))
     assert outcome_of("cut") == outcome_of("whole")
     assert (
         json.loads(Path("cut/adapter/veneer.json").read_text())["method"]
@@ -116,6 +118,26 @@ def test_diff_pruning_ends_in_as_many_numbers_as_asked_for(line: Callable[..., l
     report = json.loads(Path("out/report.json").read_text())
     assert report["best_step"] >= 6  # the weights of the first phase are no result
     assert command("eval", "out", "data=train.jsonl") in (0, 2)
+
+
+def test_what_is_trained_is_told_once_it_is_known(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = veneer.load_base(str(tiny_folder), dtype=torch.float32)
+    members = [{"name": "lora", "rank": 4, "init": "eva", "examples": 4, "rho": 3}, "norm"]
+    mix = base.attach(method_class("mix")(methods=members), "a")
+    before = mix.trainable
+    veneer.train(mix, sums(8), validation=0, max_steps=1, samples=0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert mix.trainable != before
+    assert f"mix trains about {before:,} (" in told
+    assert f"lora looks at the data before the first step mix now trains {mix.trainable:,} numbers" in told
+
+
+def test_fish_trains_as_many_entries_before_its_look(adapter: veneer.Adapter) -> None:
+    more = adapter.base.attach(method_class("fish")(share=0.01, examples=4, targets=["q", "down"]), "b")
+    before = more.trainable
+    assert before == round(0.01 * sum(site.in_features * site.out_features for site in more.sites))
+    veneer.train(more, sums(8), validation=0, max_steps=1, samples=0)
+    assert more.trainable == before
 
 
 @pytest.fixture

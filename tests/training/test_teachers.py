@@ -110,8 +110,8 @@ def test_an_adapter_over_another_base_may_teach(tiny_folder: Path, tmp_path: Pat
     ("settings", "message"),
     [
         ({}, "distill.teacher: is missing"),
-        ({"teacher": "base", "weight": 1.5}, "distill.weight: input should be less than or equal to 1"),
-        ({"teacher": "base", "temperature": 0}, "distill.temperature: input should be greater than 0"),
+        ({"teacher": "base", "weight": 1.5}, "distill.weight: should be less than or equal to 1"),
+        ({"teacher": "base", "temperature": 0}, "distill.temperature: should be greater than 0"),
         ({"teacher": "base", "divergence": "backward"}, "'forward', 'reverse' or 'jsd'"),
         ({"teacher": "base", "lambda": 1}, "distill.lambda: unknown key"),
         ({"teacher": "nobody"}, "No base called 'nobody'"),
@@ -137,10 +137,19 @@ def test_teachers_that_cannot_teach_this(folder: Path, tiny_folder: Path, minilm
         veneer.train(classifier, MAILS, distill={"teacher": "base"})
     with pytest.raises(ConfigError, match=r"minilm-l6 was not trained to tell glad, sad apart"):
         veneer.train(classifier, MAILS, distill={"teacher": "minilm-l6"})
+    (folder / "runs").mkdir()  # where there are runs, that would be one
+    with pytest.raises(ConfigError, match=r"there is no runs/nope\."):
+        veneer.train(student, sums(8), distill={"teacher": "runs/nope"})
+    with pytest.raises(ConfigError, match=r"there is no \./nope\."):
+        veneer.train(student, sums(8), distill={"teacher": "./nope"})
+    with pytest.raises(ConfigError, match=r"no folder someone/nope here, and as a base it cannot be had"):
+        veneer.train(student, sums(8), distill={"teacher": "someone/nope"})
     other = minilm.attach(veneer.LoRA(rank=2), "o")
     veneer.train(other, [{**row, "label": f"very {row['label']}"} for row in MAILS], max_steps=1, samples=0)
     other.save("other")
     with pytest.raises(ConfigError, match=r"other tells very glad, very sad apart, not glad, sad"):
         veneer.train(classifier, MAILS, distill={"teacher": "other"})
+    with pytest.raises(ConfigError, match=r"there is no \./othr\. Did you mean 'other'"):
+        veneer.train(student, sums(8), distill={"teacher": "./othr"})
     with pytest.raises(ConfigError, match=r"other was trained for sequence-classification, not for causal-lm"):
         veneer.train(student, sums(8), distill={"teacher": "other"})

@@ -245,12 +245,20 @@ class Adapter(Trainable):
     @property
     def trainable_share(self) -> float:
         """The same as a share of the base's parameters."""
-        return self.trainable / self.base.parameter_count
+        return self.share(self.trainable)
+
+    def share(self, count: int) -> float:
+        """So many numbers as a share of the base's parameters, a head of the adapter's own counted in their place."""
+        replaced = self.base.parameter_count
+        for path, values in self.modules_in_full.items():
+            module = self.base.model.get_submodule(path)
+            replaced += sum(value.numel() - module.get_parameter(name).numel() for name, value in values.items())
+        return count / replaced
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its parameters."""
-        return sum(p.nbytes for p in self.parameters())
+        """Bytes of what its files hold: what it trains, and what else it can't do without (places of entries …)."""
+        return sum(value.nbytes for value in self.state_dict().values())
 
     def merged(self) -> nn.Module:
         """A copy of the base model with this adapter folded into its weights. The base stays as it is.

@@ -40,7 +40,9 @@ def by_row(condition: Any) -> Sequence[Any] | None:
     """Conditions one a row; None for one that is for all rows: nothing, a name, or a vector."""
     if isinstance(condition, Tensor):
         return list(condition) if condition.dim() > 1 else None
-    if condition is None or isinstance(condition, str) or (condition and isinstance(condition[0], int | float)):
+    if condition is None or isinstance(condition, str | int):
+        return None
+    if condition and isinstance(condition[0], int | float):
         return None
     return list(condition)
 
@@ -113,6 +115,7 @@ class Base(Pretrained):
 
         Raises:
             AdapterError: the name is taken or not a name.
+            ConfigError: the method has settings that only a training's end gives.
             TargetError: the method's targets match nothing.
         """
         if not isinstance(method, Method):
@@ -121,6 +124,8 @@ class Base(Pretrained):
                 'veneer.methods.method_class("ia3")().'
             )
         self._check_name(name)
+        if not loading:
+            method.check_new()
         trained = [self._trained(origin) for origin in method.origins]
         method = method.over([each for each, _, _ in trained])
         weights = BaseWeights(self.model, self.tokenizer, task or {}, loading, self.original)

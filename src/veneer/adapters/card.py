@@ -44,7 +44,7 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
         parts.append(_evaluated(evaluation))
         parts += _forgotten(evaluation.get("forgetting"))
     if plan := record.get("plan"):
-        parts.append(_list("Plan", [f"{key}: {_said(value)}" for key, value in plan.items()]))
+        parts.append(_list("Plan", [_planned(what, about) for what, about in plan.items()] + [_storage(adapter)]))
     parts.append(
         _list("Versions", [f"{name}: {value}" for name, value in {**versions, **record.get("versions", {})}.items()])
     )
@@ -54,7 +54,7 @@ def card(adapter: Adapter, versions: Mapping[str, Any]) -> str:
 def _method(adapter: Adapter) -> list[str]:
     settings = ", ".join(f"{key} {_said(value)}" for key, value in adapter.method.model_dump(mode="json").items())
     trained = adapter.record.get("result", {}).get("trainable", adapter.trainable)
-    of_base = f"{trained / adapter.base.parameter_count:.3%} of the base's {adapter.base.parameter_count:,}"
+    of_base = f"{adapter.share(trained):.3%} of the base's {adapter.base.parameter_count:,}"
     kept = f"; {adapter.trainable:,} kept" if trained != adapter.trainable else ""
     return [
         f"{adapter.method.name}: {settings or 'no settings'}",
@@ -110,6 +110,17 @@ def _forgotten(found: Mapping[str, Any] | None) -> list[str]:
     told = "On what the adaptation never saw, with the adapter on; kl and loss in nats a token."
     table = "\n".join(["| | base | adapter | change |", "|---|---|---|---|", *rows])
     return [f"{title}\n\n{told}\n\n{table}"]
+
+
+def _planned(what: str, about: Mapping[str, int]) -> str:
+    parts = [f"{name} {value / 1e6:,.1f}" for name, value in about.items() if name not in ("rows", "tokens", "total")]
+    rows = f"{about['rows']} rows of {about['tokens']:,} tokens" if about["rows"] > 1 else f"{about['tokens']:,} tokens"
+    return f"{what}, {rows} at a time: {about['total'] / 1e6:,.1f} MB ({', '.join(parts)})"
+
+
+def _storage(adapter: Adapter) -> str:
+    base, own = adapter.base.nbytes / 1e6, adapter.nbytes / 1e6
+    return f"a hundred such variants: {base + 100 * own:,.1f} MB, as whole copies {100 * base:,.1f} MB"
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

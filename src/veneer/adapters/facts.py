@@ -31,7 +31,9 @@ class Facts:
 
 
 def facts(cls: type[Method]) -> Facts | None:
-    """What is found of a method; None if it can't be tried without settings of yours."""
+    """What is found of a method; None if it can't be tried without settings of yours, or all is in these."""
+    if cls.of_members:
+        return None
     try:
         return _tried(cls(**cls.example))
     except Exception:  # a method of another package may do anything, and the others are still to be listed

@@ -221,7 +221,8 @@ def load(base: Base, folder: str | Path, name: str | None = None) -> Adapter:
         raise
     if not acts(adapter):
         warnings.warn(
-            f"The adapter in {path} changes nothing: all its deltas are zero. Was it saved before it was trained?",
+            f"The adapter in {path} changes nothing: all its deltas are zero. It was saved before it was trained, or "
+            "what it trains (the embeddings of some tokens, say) played no part in any row it learned from.",
             VeneerWarning,
             stacklevel=3,
         )

@@ -24,6 +24,11 @@ VARIANT = "factored"
 """What transformers calls a different set of weights."""
 
 
+def is_factored(model: nn.Module) -> bool:
+    """Whether any of its maps is kept as two."""
+    return any(isinstance(module, FactoredLinear) for module in model.modules())
+
+
 class FactoredLinear(nn.Linear):
     """``y = (x Vᵀ) Uᵀ + b``.
 

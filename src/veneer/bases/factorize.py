@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from veneer.bases.factored import install, write
+from veneer.bases.factored import install, is_factored, write
 from veneer.bases.loading import load_pretrained
 from veneer.bases.pretrained import Pretrained
 from veneer.bases.quiet import quiet
@@ -103,7 +103,7 @@ def factorize(
         if site.parameter is None and isinstance(model.get_submodule(site.path), nn.Linear)
     ]
     if all(each.rank is None for each in maps):
-        raise ConfigError(_no_gain(maps, rank))
+        raise ConfigError(_no_gain(given, maps, rank, keep))
     new = Pretrained(model)
     with new_folder(folder) as temporary, quiet():
         write(model, given.tokenizer, temporary)
@@ -154,7 +154,9 @@ def _factored(model: nn.Module, site: Site, rank: int) -> FactoredMap:
         return FactoredMap(site.path, rank, float(off.norm() / weight.norm().clamp(min=1e-30)), (before, after))
 
 
-def _no_gain(maps: Sequence[FactoredMap], rank: int | None) -> str:
+def _no_gain(base: Pretrained, maps: Sequence[FactoredMap], rank: int | None, keep: float | None) -> str:
     if not maps:
         return "None of these maps is a linear module of its own; only such are factored."
-    return f"No map would get smaller with rank {rank}: factors of rank r hold r (in + out) numbers. Take a lower rank."
+    asked, less = (f"rank {rank}", "a lower rank") if rank is not None else (f"keep {keep:g}", "a smaller share")
+    already = " They are factored already, and shares are of the whole maps." if is_factored(base.model) else ""
+    return f"No map would get smaller with {asked}: factors of rank r hold r (in + out) numbers.{already} Take {less}."

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.bases.factored import is_factored
 from veneer.bases.quiet import quiet
 from veneer.errors import BaseError, VeneerWarning, did_you_mean
 
@@ -185,6 +186,11 @@ def quantize(model: nn.Module, kind: str, paths: list[str], device: torch.device
     """
     check_kind(kind)
     chosen = chosen_maps(model, paths)
+    if not chosen and is_factored(model):
+        raise BaseError(
+            f"{type(model).__name__} cannot be quantised: its linear maps are factored. Leave `quantize` out, or "
+            "quantise the base it was factorised from."
+        )
     if not chosen:
         raise BaseError(f"{type(model).__name__} has no linear maps that could be quantised; leave `quantize` out.")
     with quiet():

@@ -228,6 +228,7 @@ class SiteMap(Sequence[Site]):
         exclude: str | Sequence[str] = (),
         layers: str | None = None,
         kinds: Collection[str] | None = None,
+        words: Mapping[str, str] | None = None,
     ) -> list[Site]:
         """The sites that ``targets`` pick, in the model's order.
 
@@ -235,32 +236,36 @@ class SiteMap(Sequence[Site]):
         group (``attention``, ``mlp``, ``experts``), a role (``q``, ``up`` …), or a module's path or the end of one
         (``q_proj``, ``attention.self.query``), or a regular expression between slashes (``/layers\\.[02]\\./``) to be
         found in the path. What ``exclude`` picks is left out, and so is what lies outside the slice ``layers``. An
-        expression picks among the sites of these ``kinds`` only.
+        expression picks among the sites of these ``kinds`` only. ``words`` are further ones, with the expressions that
+        they stand for.
 
         Raises:
             TargetError: a target or an exclusion picks no site; the message names the nearest that would.
         """
-        chosen = self._union(targets, kinds) - (self._union(exclude, kinds) if exclude else set())
+        further = words or {}
+        chosen = self._union(targets, kinds, further) - (self._union(exclude, kinds, further) if exclude else set())
         if layers is not None:
             chosen &= self._in_layers(layers)
         if not chosen:
-            raise TargetError(
-                f"Nothing is left of targets {targets!r} after exclude={exclude!r} and layers={layers!r}; this base "
-                f"has {self._layer_count} layers."
-            )
+            without = f" without exclude={exclude!r}" if exclude else ""
+            among = f" in layers={layers!r} of the layers 0 to {self._layer_count - 1}" if layers is not None else ""
+            raise TargetError(f"Nothing is left of targets={targets!r}{without}{among}.")
         return [site for site in self._everything if site.path in chosen]
 
-    def _union(self, targets: str | Sequence[str], kinds: Collection[str] | None) -> set[str]:
+    def _union(
+        self, targets: str | Sequence[str], kinds: Collection[str] | None, further: Mapping[str, str]
+    ) -> set[str]:
         wanted = [targets] if isinstance(targets, str) else list(targets)
         if not wanted:
             raise TargetError("No targets given; 'all-linear' picks every linear map inside the layers.")
         chosen: set[str] = set()
         for target in wanted:
-            paths = self._matches(target, kinds)
+            paths = self._matches(further.get(target, target), kinds)
             if not paths:
+                known = [*further, *self.words()]
                 raise TargetError(
-                    f"Target {target!r} matches nothing in this base.{did_you_mean(target, self.words())} "
-                    f"It has: {', '.join(self.words()) or 'no linear maps'}."
+                    f"Target {target!r} matches nothing in this base.{did_you_mean(target, known)} "
+                    f"It has: {', '.join(known) or 'no linear maps'}."
                 )
             chosen.update(paths)
         return chosen
@@ -271,6 +276,12 @@ class SiteMap(Sequence[Site]):
         except ValueError:
             raise TargetError(f'layers={layers!r} is no slice; write "0:6", "8:" or "-4:".') from None
         inside = range(self._layer_count)[start:stop]
+        if not inside:
+            raise TargetError(
+                f"layers={layers!r} picks none of this base's {self._layer_count} layers, 0 to {self._layer_count - 1}."
+                if self._layer_count
+                else f"layers={layers!r}, but this base has no layers; set it to null."
+            )
         return {site.path for site in self._everything if site.layer in inside}
 
     @property

@@ -51,17 +51,18 @@ def methods_(
         if json:
             print_json([_about(cls, facts(cls)) for cls in known.values()])
             return
-        rows = [(cls.name, cls.summary, *_shown(facts(cls))) for cls in known.values()]
+        rows = [(cls.name, cls.summary, *_shown(cls, facts(cls))) for cls in known.values()]
         console.print(table(("method", "what it is", "acts by", "merges", "mixes by row"), rows))
         return
     cls = method_class(name)
     found = facts(cls)
     if json:
-        print_json({**_about(cls, found), "settings": cls.model_json_schema().get("properties", {})})
+        settings = cls.model_json_schema().get("properties", {})
+        print_json({**_about(cls, found), "settings": {k: v for k, v in settings.items() if k not in cls.outcomes}})
         return
     console.print(inspect.getdoc(sys.modules[cls.__module__]) or cls.summary, markup=False)
     console.print()
-    deltas, merges, mixes = _shown(found)
+    deltas, merges, mixes = _shown(cls, found)
     told = {
         "name": ", ".join((cls.name, *cls.aliases)),
         "paper": cls.paper or "none",
@@ -73,7 +74,9 @@ def methods_(
     }
     console.print(table(("", ""), told.items()), markup=False)
     fields = [
-        (field, _default(info), " ".join((info.description or "").split())) for field, info in cls.model_fields.items()
+        (field, _default(info), " ".join((info.description or "").split()))
+        for field, info in cls.model_fields.items()
+        if field not in cls.outcomes
     ]
     if fields:
         console.print()
@@ -94,10 +97,11 @@ def _about(cls: type[Method], found: Facts | None) -> dict[str, Any]:
     }
 
 
-def _shown(found: Facts | None) -> tuple[str, str, str]:
+def _shown(cls: type[Method], found: Facts | None) -> tuple[str, str, str]:
     """Forms, merging and mixing, for people."""
     if found is None:
-        return "as set", "as set", "as set"
+        unknown = "as its methods" if cls.of_members else "as set"
+        return unknown, unknown, unknown
     return (
         ", ".join(found.deltas) or "nothing",
         "yes" if found.mergeable else "no",

@@ -20,6 +20,15 @@ TASK = "task"
 """The column that says which of several tasks a row belongs to: by name, or as a vector."""
 
 
+def task_told(value: Any) -> Any:
+    """What a row's task column says: a name as text, numbers too, a vector as it is, or None if it says nothing."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, float) and value.is_integer():  # whole numbers are read as such where some are missing
+        return str(int(value))
+    return str(value) if isinstance(value, int | float) else value
+
+
 class Format(Enum):
     """A row format, by the columns it needs."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.data.catalogue import DATASETS
 from veneer.data.diagnosis import check_bytes, check_header, explained
-from veneer.data.formats import Format, detect, problems
+from veneer.data.formats import TASK, Format, detect, problems, task_told
 from veneer.data.records import SEPARATORS, Place, has_lines
 from veneer.data.records import rows as records_of
 from veneer.errors import DataError, FetchError, did_you_mean
@@ -64,7 +64,7 @@ def read(
     if isinstance(source, list | tuple) and _is_mixture(source):
         rows = _mixed([read(part, split=split, columns=columns, check=check) for part in source])
     else:
-        rows = read_raw(source, split=split, columns=columns)
+        rows = _tasks_by_name(read_raw(source, split=split, columns=columns))
         format = detect(rows.column_names, _name(source))
         if check:
             _check_rows(rows, format, source, split)
@@ -107,7 +107,8 @@ def read_raw(source: Any, *, split: str = "train", columns: Mapping[str, str] | 
     if isinstance(source, list | tuple):
         if not source:
             raise DataError("The data is an empty list.")
-        return _renamed(datasets.Dataset.from_list([dict(row) for row in source]), columns, "the data")
+        told = [{**row, TASK: task_told(row[TASK])} if TASK in row else dict(row) for row in source]
+        return _renamed(datasets.Dataset.from_list(told), columns, "the data")
     if isinstance(source, datasets.Dataset):
         return _renamed(source, columns, "the data")
     return _renamed(_load(str(source), split), columns, str(source))
@@ -228,6 +229,18 @@ def _renamed(rows: Dataset, columns: Mapping[str, str] | None, where: str) -> Da
     if len(rows) == 0:
         raise DataError(f"{where} has no rows.")
     return _labelled_by_name(rows)
+
+
+def _tasks_by_name(rows: Dataset) -> Dataset:
+    """Numbers in a task column are names; vectors stay what they are."""
+    import datasets
+
+    if TASK not in rows.column_names or rows.features[TASK] == datasets.Value("string"):
+        return rows
+    told = [task_told(task) for task in rows[TASK][:]]
+    if not all(task is None or isinstance(task, str) for task in told):
+        return rows
+    return rows.remove_columns(TASK).add_column(TASK, told, feature=datasets.Value("string"))
 
 
 def _labelled_by_name(rows: Dataset) -> Dataset:

@@ -110,8 +110,8 @@ def forgetting(
     task = _roomy(task or adapter_task(adapter), adapter)
     sets = retention.own(own)
     adapter.eval()
-    if adapter.method.conditioned:
-        return Forgetting((), f"{adapter.method.name} acts by a row's task, and general texts are of none of them")
+    if (why := adapter.method.asks) is not None:
+        return Forgetting((), f"{adapter.method.name} {why}")
     if not task.plain_base:
         return Forgetting(_of_features(adapter, task, {TEXTS: retention.texts(), **sets})[: 1 if brief else None])
     if brief:

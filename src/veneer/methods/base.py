@@ -17,6 +17,7 @@ from veneer.bases import Site, SiteMap
 from veneer.bases.weights import bare, parameters_at, weight_of
 from veneer.deltas import AtParameter, Delta, Flow
 from veneer.errors import AdapterError, ConfigError, did_you_mean
+from veneer.mistakes import mistakes
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,12 @@ class Method(BaseModel):
     """A default that learns."""
     baseline: ClassVar[Literal["whole", "head"] | None] = None
     """What it is a baseline for in comparisons: training the whole base, or nothing of it but the task's head."""
-    conditioned: ClassVar[bool] = False
-    """Whether it acts by what each row is told of its task."""
+    of_members: ClassVar[bool] = False
+    """Whether how it acts, merges and mixes by row is told by the methods in its settings alone."""
     row_mixable: ClassVar[bool] = True
     """Whether rows under it may share a batch with rows that are not."""
+    outcomes: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say what a training came to: its files have them, and nobody gives them."""
     peft_type: ClassVar[str]
     """Its ``peft_type`` in ``adapter_config.json``: peft's own wherever peft has the method."""
     peft_prefix: ClassVar[str] = "base_model.model."
@@ -180,6 +183,22 @@ class Method(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigError("; ".join(self._problems(error))) from error
+
+    def check_new(self) -> None:
+        """Raises ConfigError if it is not what a new adapter can be, but only what one that is trained comes to."""
+        for name in sorted(self.outcomes):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(f"method.{name}: only the training of {self.name} sets it, at its end; leave it out.")
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether it acts by what each row is told of its task."""
+        return False
+
+    @property
+    def asks(self) -> str | None:
+        """Why it can't act on any text at all, as a clause whose subject it is; None if it can."""
+        return None
 
     def for_tasks(self, names: Sequence[str] | None) -> Method:
         """Itself, for data whose rows are of these tasks; None if they say nothing of tasks.
@@ -211,6 +230,10 @@ class Method(BaseModel):
     def sites(self, sites: SiteMap) -> Sequence[Any]:
         """Where it acts in this base: `Site`s or `AttentionSite`s."""
 
+    def remarks(self, sites: Sequence[Any]) -> Sequence[str]:
+        """What it does otherwise at these sites than its settings say, in sentences for people."""
+        return ()
+
     def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """Initial values of parameters that all sites share, float32, by name."""
         return {}
@@ -241,6 +264,10 @@ class Method(BaseModel):
         """What is wrong with parameters from a file whose sizes it told, or that point somewhere; None if nothing."""
         return None
 
+    def meets(self) -> Collection[int]:
+        """Ids of the tokens that its parameters belong to: rows without them teach these nothing."""
+        return ()
+
     def on(self, base: BaseWeights) -> Method:
         """The method with what only this base can tell (which id a token has)."""
         return self
@@ -252,16 +279,11 @@ class Method(BaseModel):
     @classmethod
     def _problems(cls, error: ValidationError) -> list[str]:
         found = []
-        for problem in error.errors():
-            if not problem["loc"]:  # several of its settings, together
-                found.append(f"method: {problem['msg'].removeprefix('Value error, ')}")
+        for mistake in mistakes(error, lambda loc: 2 if len(loc) > 1 and isinstance(loc[1], int) else 1):
+            if mistake.kind != "extra_forbidden":
+                found.append(mistake.line("method"))
                 continue
-            key = str(problem["loc"][0])
-            if problem["type"] != "extra_forbidden":
-                found.append(
-                    f"method.{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
-                )
-                continue
+            key = str(mistake.path[0])
             known = ", ".join(cls.model_fields)
             hint = f" It is called method.{cls.peft_names[key]} here." if key in cls.peft_names else ""
             hint = hint or did_you_mean(key, cls.model_fields) or (f" Known: {known}." if known else " It has none.")
@@ -275,6 +297,11 @@ class Method(BaseModel):
     def surveys(self) -> bool:
         """Whether it wants to look at the data before the first step of a training."""
         return False
+
+    @property
+    def lookers(self) -> Sequence[str]:
+        """Names of the methods in it that want to look at the data: itself, or nobody."""
+        return [self.name] if self.surveys() else []
 
     def surveyed(
         self,

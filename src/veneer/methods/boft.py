@@ -28,6 +28,7 @@ from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, Rotate, Scale, Stack
 from veneer.errors import AdapterFileError, TargetError
 from veneer.methods.base import BaseWeights, Lowering, widened
+from veneer.methods.oft import smaller_blocks
 from veneer.methods.targeted import Targeted
 
 
@@ -64,6 +65,10 @@ class BOFT(Targeted):
                 "to divide it. Take fewer factors, or leave that map out."
             )
         return found
+
+    def remarks(self, sites: Sequence[Site]) -> Sequence[str]:
+        """Where blocks are smaller than asked for."""
+        return smaller_blocks(self.name, self.block_size, [(self._block(site), site.in_features) for site in sites])
 
     def _block(self, site: Site) -> int:
         """The greatest size up to `block_size` that fits; 1 if there is none."""

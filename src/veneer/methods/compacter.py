@@ -7,8 +7,7 @@ in Houlsby's places. The A_i are one set for the whole base, in both projections
 projection: ``n r (in/n + out/n) + out`` numbers, and n³ once.
 
 The paper starts near the identity; here t of the up-projection starts at zero, which is the identity to the bit. Use
-it where bottlenecks are wanted at a hundredth of their size. With `places: mlp` it is Compacter++. (No paper describes
-an "Adapter-Comet"; asked for by that name, this is what was most likely meant.)
+it where bottlenecks are wanted at a hundredth of their size. With `places: mlp` it is Compacter++.
 """
 
 from __future__ import annotations

@@ -43,7 +43,6 @@ class Conditional(Houlsby):
     summary: ClassVar[str] = "one adapter for several tasks, told at each row which it is"
     paper: ClassVar[str] = "Pilault et al. 2021, arXiv:2009.09139"
     peft_type: ClassVar[str] = "VENEER_CONDITIONAL"
-    conditioned: ClassVar[bool] = True
 
     mode: Literal["film", "hyper"] = "film"
     """How the condition acts: it scales and shifts the bottleneck, or a shared network writes its matrices."""
@@ -53,6 +52,16 @@ class Conditional(Houlsby):
     """Names of the tasks, each with a condition that is learned; by default those in the data's `task` column."""
     scale: float = Field(1.0, gt=0)
     """The factor s."""
+
+    @property
+    def conditioned(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def asks(self) -> str | None:
+        """A task."""
+        return "acts by a row's task, and general texts are of none of them"
 
     def for_tasks(self, names: Sequence[str] | None) -> Method:
         """With these tasks, unless it was given its own.
@@ -66,7 +75,10 @@ class Conditional(Houlsby):
                 "use houlsby, which is the same for a single task."
             )
         if self.tasks and (odd := sorted(set(names) - set(self.tasks))):
-            raise ConfigError(f"method.tasks: rows are of task {', '.join(odd)}, but it has {', '.join(self.tasks)}.")
+            raise ConfigError(
+                f"method.tasks: rows are of task {', '.join(odd)}, but it has {', '.join(self.tasks)}. A conditional "
+                "adapter takes no new tasks once it is made: leave these rows out, or train a new one that has all."
+            )
         return self if self.tasks else self.model_copy(update={"tasks": tuple(names)})
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:
@@ -146,7 +158,8 @@ class Conditional(Houlsby):
         like = parameters["adapter_up.bias"]
         if given is None:
             return parameters["conditions"].mean(0) if self.tasks else like.new_zeros(self.size)
-        if isinstance(given, str):
+        if isinstance(given, str | int):
+            given = str(given)
             if given not in self.tasks:
                 known = ", ".join(self.tasks) or "none; give vectors"
                 raise AdapterError(

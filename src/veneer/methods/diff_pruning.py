@@ -53,6 +53,7 @@ class DiffPruning(Targeted):
     summary: ClassVar[str] = "learns a sparse difference to the base; tiny files, costly training"
     learning_rate: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "VENEER_DIFF_PRUNING"
+    outcomes: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
     density: float = Field(0.005, gt=0, le=1)
     """Share of the numbers that may differ from the base's in the end."""

@@ -54,14 +54,27 @@ class FISH(Targeted):
         """Both: the data decide how many of a map's entries are trained."""
         return VALUES, INDICES
 
-    def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
-        """Random entries, until the data have been seen."""
-        own = base.model.get_submodule(site.module)._parameters[site.parameter or "weight"]
-        if kind_of(own) is not None and not base.loading:
-            raise TargetError(f"fish needs the gradients of the weights, and {site.path} is quantised: it has none.")
-        rows, columns = base.parameters(site)["weight"].shape
-        count = max(round(self.share * rows * columns), 1)
-        return entries(distinct(count, rows * columns, generator), columns)
+    def initial(
+        self, sites: Sequence[Site], generator: torch.Generator, base: BaseWeights
+    ) -> dict[str, dict[str, Tensor]]:
+        """Random entries, spread evenly, as many in all maps together as there will be once the data have been seen."""
+        shapes = {}
+        for site in sites:
+            own = base.model.get_submodule(site.module)._parameters[site.parameter or "weight"]
+            if kind_of(own) is not None and not base.loading:
+                raise TargetError(f"fish needs the weights' gradients, and {site.path} is quantised: it has none.")
+            shapes[site.path] = base.parameters(site)["weight"].shape
+        total, start = sum(shape.numel() for shape in shapes.values()), 0
+        k, values = self.count(total), {}
+        for path, shape in shapes.items():
+            end = start + shape.numel()
+            values[path] = entries(distinct(k * end // total - k * start // total, end - start, generator), shape[-1])
+            start = end
+        return values
+
+    def count(self, total: int) -> int:
+        """k of so many entries."""
+        return max(round(self.share * total), 1)
 
     def surveys(self) -> bool:
         """Always."""
@@ -81,7 +94,7 @@ class FISH(Targeted):
                 squares = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
                 fisher[path] = fisher[path].add_(squares) if path in fisher else squares
         total = sum(value.numel() for value in fisher.values())
-        chosen = greatest(fisher, max(round(self.share * total), 1))
+        chosen = greatest(fisher, self.count(total))
         unused = torch.empty(0, dtype=torch.long)
         return (
             self,

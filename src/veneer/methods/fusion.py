@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -54,6 +55,10 @@ class Fusion(Mixture):
     def _some(self) -> Self:
         if max(len(self.adapters), len(self.methods)) < 2:
             raise ValueError("give at least two trained adapters, e.g. adapters: [runs/a, runs/b]")
+        places = [Path(name).expanduser().resolve() for name in self.adapters]
+        places = [place.parent if place.name == "adapter" else place for place in places]
+        if twice := [name for name, place in zip(self.adapters, places, strict=True) if places.count(place) > 1]:
+            raise ValueError(f"{' and '.join(dict.fromkeys(twice))} is given more than once; give each adapter once")
         return self
 
     def members(self) -> Sequence[Method]:

@@ -56,4 +56,5 @@ class MAM(Mixture):
 
 @functools.cache  # asked for at every site in every step
 def _members(length: int, mlp: bool, mlp_width: int, bottleneck: int, scale: float) -> tuple[Method, ...]:
-    return Prefix(length=length, mlp=mlp, mlp_width=mlp_width), Parallel(bottleneck=bottleneck, scale=scale)
+    prefix = Prefix(length=length, mlp=True, mlp_width=mlp_width) if mlp else Prefix(length=length)
+    return prefix, Parallel(bottleneck=bottleneck, scale=scale)

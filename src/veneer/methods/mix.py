@@ -40,6 +40,7 @@ class Mix(Mixture):
     name: ClassVar[str] = "mix"
     summary: ClassVar[str] = "any list of methods as one adapter"
     peft_type: ClassVar[str] = "VENEER_MIX"
+    of_members: ClassVar[bool] = True
     example: ClassVar[Mapping[str, Any]] = {"methods": ["bitfit", "norm"]}
 
     methods: tuple[Member, ...] = Field(min_length=1)
@@ -55,6 +56,10 @@ class Mix(Mixture):
     def members(self) -> Sequence[Method]:
         """Those given."""
         return self.methods
+
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """With methods that know these tasks."""
+        return Mix(methods=[method.for_tasks(names) for method in self.methods])
 
     def on(self, base: BaseWeights) -> Method:
         """With what only this base can tell of each."""

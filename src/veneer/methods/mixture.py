@@ -56,6 +56,33 @@ class Mixture(Method):
     def members(self) -> Sequence[Method]:
         """The methods."""
 
+    def check_new(self) -> None:
+        """Nor any of them."""
+        super().check_new()
+        for method in self.members():
+            method.check_new()
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether one of them does."""
+        return any(method.conditioned for method in self.members())
+
+    @property
+    def asks(self) -> str | None:
+        """The reason of the first that has one."""
+        found = (f"holds {method.name}, which {method.asks}" for method in self.members() if method.asks)
+        return next(found, None)
+
+    def for_tasks(self, names: Sequence[str] | None) -> Method:
+        """Itself, whose methods know all of these tasks if they act by any.
+
+        Raises:
+            ConfigError: one doesn't.
+        """
+        for method in self.members():
+            method.for_tasks(names)
+        return self
+
     def sites(self, sites: SiteMap) -> Sequence[Junction]:
         """Where any of them acts."""
         found: dict[str, list[tuple[int, Any]]] = {}
@@ -65,6 +92,10 @@ class Mixture(Method):
                     raise TargetError(f"{method.name} trains the whole base; nothing can stand beside it in a mixture.")
                 found.setdefault(site.path, []).append((index, site))
         return [Junction(path, tuple(members)) for path, members in found.items()]
+
+    def remarks(self, sites: Sequence[Junction]) -> Sequence[str]:
+        """Those of each method."""
+        return [said for index, method in enumerate(self.members()) for said in method.remarks(_of(index, sites))]
 
     def shared(self, sites: Sequence[Junction], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """What each method's sites share."""
@@ -100,6 +131,10 @@ class Mixture(Method):
         """Those of each method."""
         return {key_of(index, name) for index, method in enumerate(self.members()) for name in method.sized()}
 
+    def meets(self) -> Collection[int]:
+        """Those of each method."""
+        return {token for method in self.members() for token in method.meets()}
+
     def fault(self, site: Junction, parameters: Mapping[str, Tensor]) -> str | None:
         """That of the first method with one."""
         faults = (self.members()[index].fault(own, parameters_of(index, parameters)) for index, own in site.members)
@@ -133,6 +168,11 @@ class Mixture(Method):
     def surveys(self) -> bool:
         """Whether one of them wants to look at the data."""
         return any(method.surveys() for method in self.members())
+
+    @property
+    def lookers(self) -> Sequence[str]:
+        """Those of its methods."""
+        return [name for method in self.members() for name in method.lookers]
 
     def surveyed(
         self,

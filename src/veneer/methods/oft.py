@@ -12,6 +12,7 @@ product of width β per map.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -53,6 +54,10 @@ class OFT(Targeted):
                 f"{odd[0].path}; raise block_size, or leave that map out."
             )
         return found
+
+    def remarks(self, sites: Sequence[Site]) -> Sequence[str]:
+        """Where blocks are smaller than asked for."""
+        return smaller_blocks(self.name, self.block_size, [(self._block(site), site.in_features) for site in sites])
 
     def _block(self, site: Site) -> int:
         sizes = range(min(self.block_size, site.in_features), 0, -1)
@@ -97,3 +102,19 @@ class OFT(Targeted):
         if odd or not config.get("oft_block_size"):
             raise AdapterFileError(f"This OFT adapter uses {', '.join(odd) or 'r blocks'}, which veneer does not read.")
         return super().from_peft(config)
+
+
+def smaller_blocks(name: str, wanted: int, found: Sequence[tuple[int, int]]) -> list[str]:
+    """What to say of maps whose blocks are smaller than wanted.
+
+    Args:
+        name: of the method.
+        wanted: size of the blocks.
+        found: size of the blocks, and width of the input, of each map.
+    """
+    counts = Counter((size, width) for size, width in found if size != wanted)
+    return [
+        f"{name}: block_size {wanted} does not fit inputs of width {width}, so {count} of {len(found)} maps have "
+        f"blocks of {size}."
+        for (size, width), count in counts.items()
+    ]

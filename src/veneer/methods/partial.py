@@ -15,13 +15,13 @@ has to flow back below them. With many layers it costs as much as full fine-tuni
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from veneer.bases import Site, SiteMap
+from veneer.bases import Site
 from veneer.bases.site import EMBEDDING, EXPERTS
 from veneer.deltas import Delta, Param
 from veneer.methods.base import BaseWeights, Lowering
@@ -39,18 +39,13 @@ class Partial(Targeted):
     learning_rate: ClassVar[float] = 1e-4
     peft_type: ClassVar[str] = "VENEER_PARTIAL"
     kinds: ClassVar[Collection[str]] = ("linear", EXPERTS, EMBEDDING, "conv", "norm")
+    words: ClassVar[Mapping[str, str]] = {EVERYTHING: "/./"}
 
     targets: str | tuple[str, ...] = EVERYTHING
     """What: everything, or the words of any method's targets (all-linear, attention, q, module names,
     /regular expressions/)."""
     layers: str | None = "-1:"
     """Which layers, as a slice: "-1:" the last, "8:" all from the ninth on; null for all and what is outside them."""
-
-    def sites(self, sites: SiteMap) -> Sequence[Site]:
-        """The modules picked."""
-        if self.targets != EVERYTHING:
-            return super().sites(sites)
-        return sites.resolve("/./", exclude=self.exclude, layers=self.layers, kinds=self.kinds)
 
     def parameters(self, site: Site, generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """δ for each of the module's own parameters, zero."""

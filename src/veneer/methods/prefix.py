@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from veneer.bases import SiteMap
 from veneer.bases.site import AttentionSite
 from veneer.deltas import Delta, KeyValues
-from veneer.errors import AdapterFileError, TargetError
+from veneer.errors import AdapterFileError, ConfigError, TargetError
 from veneer.methods.base import BaseWeights, Lowering, Method
 from veneer.methods.networks import started
 from veneer.methods.virtual import TABLE
@@ -67,6 +67,15 @@ class Prefix(Method):
     """Of the network's hidden layer."""
     positions: Literal["after"] = "after"
     """Where the real tokens' positions start: after the prefix."""
+
+    def check_new(self) -> None:
+        """Nor may the width of a network be given where there is none."""
+        super().check_new()
+        if not self.mlp and self.mlp_width != type(self).model_fields["mlp_width"].default:
+            raise ConfigError(
+                f"method.mlp_width: is the width of a network, and {self.name} has none without mlp: true. Set that, "
+                "or leave mlp_width out."
+            )
 
     def sites(self, sites: SiteMap) -> Sequence[AttentionSite]:
         """Every attention layer, or those of the decoder."""

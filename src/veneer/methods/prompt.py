@@ -60,6 +60,8 @@ class Prompt(VirtualTokens):
             raise ValueError("init: text and the text itself go together, give both or neither")
         if self.labels and self.init != "class-labels":
             raise ValueError("labels are for init: class-labels")
+        if len(self.labels) > self.length:
+            raise ValueError(_too_many(len(self.labels), self.length))
         return self
 
     def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
@@ -105,6 +107,8 @@ class Prompt(VirtualTokens):
                 "prompt: init: class-labels needs labels, and the adapter has no task that has some; give them: "
                 "method.labels=[spam, ham]."
             )
+        if len(labels) > self.length:
+            raise AdapterError(f"prompt: {_too_many(len(labels), self.length)}.")
         return labels
 
     def _tokens(self, text: str, base: BaseWeights) -> list[int]:
@@ -116,3 +120,7 @@ class Prompt(VirtualTokens):
         if not ids:
             raise AdapterError(f"prompt: {text!r} has no tokens to start from; give a text that has some.")
         return ids
+
+
+def _too_many(labels: int, length: int) -> str:
+    return f"init: class-labels starts a token from each label, and {labels} labels don't fit into a length of {length}"

@@ -4,7 +4,8 @@
     h = MLP(E)                  MLP = Linear, ReLU, Linear, ReLU, Linear        (encoder: mlp, as in NeMo and peft)
 
 h_1 … h_l are embeddings of virtual tokens. They stand before the input, or at slots in it: wherever the text has the
-marker, a token of the base's own that its texts don't otherwise have, such as T5's ``<extra_id_0>``:
+marker. That has to be a special token of the base's tokenizer which its texts don't otherwise have, such as T5's
+``<extra_id_0>``, SmolLM2's ``<repo_name>`` or BERT's ``[MASK]``: ordinary words would be cut up with their neighbours.
 
     method: {name: ptuning, length: 8, marker: <extra_id_0>, slots: [3, 2]}
     text:   "<extra_id_0> It was a great film. <extra_id_0> The film is"
@@ -75,6 +76,11 @@ class PTuning(VirtualTokens):
         if any(count < 1 for count in self.slots) or sum(self.slots) > self.length:
             raise ValueError(f"slots are numbers from 1, at most the length of {self.length} together")
         return self
+
+    @property
+    def asks(self) -> str | None:
+        """Markers, where there are slots."""
+        return f"stands at markers {self.marker} in the text, and general texts have none" if self.slots else None
 
     def shared(self, sites: Sequence[Any], generator: torch.Generator, base: BaseWeights) -> dict[str, Tensor]:
         """The embeddings ``[l, d]`` and the network's parameters; the marker's id where there are slots."""
@@ -171,9 +177,12 @@ class PTuning(VirtualTokens):
                 )
             known = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
             if marker not in known:
+                roles = ("bos", "eos", "unk", "sep", "pad", "cls")  # of which texts have some anyway
+                taken = {getattr(tokenizer, f"{role}_token", None) for role in roles}
+                fit = ", ".join(token for token in known if token not in taken)
                 raise AdapterError(
-                    f"ptuning: marker {marker!r} is no special token of this base, so texts would hide it in others. "
-                    f"There are: {', '.join(known)}. Choose one its texts don't otherwise have."
+                    f"ptuning: marker {marker!r} is no special token of this base's tokenizer, as a marker must be: "
+                    + (f"one of {fit}. Write it into the texts where a slot is to be." if fit else "it has none spare.")
                 )
             marker = known[marker]
         assert marker is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from veneer.bases import Site, SiteMap
@@ -16,6 +16,8 @@ class Targeted(Method):
 
     kinds: ClassVar[Collection[str]] = ("linear",)
     """The kinds of sites it can act at."""
+    words: ClassVar[Mapping[str, str]] = {}
+    """Further words for targets, and the expressions they stand for."""
 
     targets: str | tuple[str, ...] = ALL_LINEAR
     """Where: all-linear, attention, mlp, experts, roles (q, k, v, o, up, gate, down), module names, or
@@ -32,7 +34,9 @@ class Targeted(Method):
             TargetError: a word picks nothing, or all together leave nothing, or what they pick is of a kind the
                 method doesn't act on.
         """
-        found = sites.resolve(self.targets, exclude=self.exclude, layers=self.layers, kinds=self.kinds)
+        found = sites.resolve(
+            self.targets, exclude=self.exclude, layers=self.layers, kinds=self.kinds, words=self.words
+        )
         if other := [site for site in found if site.kind not in self.kinds]:
             raise TargetError(
                 f"{self.name} acts on sites of kind {', '.join(self.kinds)} only, and {other[0].path} is of kind "

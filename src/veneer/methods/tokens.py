@@ -23,7 +23,7 @@ Use it to give tokens a meaning, mostly beside another method (`mix`); by itself
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -62,6 +62,10 @@ class TokenRows(Method):
         if twice := sorted({token for token in ids if ids.count(token) > 1}):
             raise TargetError(f"tokens names token {twice[0]} more than once.")
         return self.model_copy(update={"tokens": tuple(ids)})
+
+    def meets(self) -> Collection[int]:
+        """All of them."""
+        return {token for token in self.tokens if isinstance(token, int)}
 
     def sites(self, sites: SiteMap) -> Sequence[Site]:
         """The modules that use the table.

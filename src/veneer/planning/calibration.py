@@ -18,8 +18,9 @@ import numpy as np
 import psutil
 import torch
 
-from veneer.planning.machine import GAPS, Machine, Rates
+from veneer.planning.machine import Machine, Rates
 from veneer.storage import cache_dir, write_json
+from veneer.training.allocator import GAPS
 from veneer.training.preflight import available_memory
 
 _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))

@@ -50,12 +50,6 @@ class Rates:
     heavy: float
 
 
-GAPS = 0.4
-"""What a processor's heap holds in gaps between blocks, as a share of what comes and goes in a step: LoRA on SmolLM2 in
-bf16 holds 0.88 GB above the base by glibc's heap, and 0.65 GB where each block is mapped by itself. A GPU's allocator
-is counted in blocks."""
-
-
 @dataclass(frozen=True)
 class Machine:
     """What a plan is for.

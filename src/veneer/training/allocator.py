@@ -11,6 +11,10 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+GAPS = 0.4
+"""What a processor's heap holds in gaps between blocks, as a share of what comes and goes in a step: LoRA on SmolLM2 in
+bf16 holds 0.88 GB above the base by glibc's heap, and 0.65 GB where each block is mapped by itself. A GPU's allocator
+is counted in blocks."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """From glibc's malloc.h."""
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}

@@ -15,6 +15,7 @@ from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import ConfigError, UnknownName, did_you_mean
 from veneer.methods import Method, method_from_config, methods
 from veneer.methods.registry import DEFAULT
+from veneer.mistakes import mistakes
 from veneer.tasks import TASKS
 from veneer.training.settings import DistillSettings, TrainSettings
 
@@ -125,11 +126,12 @@ class RunConfig(BaseModel):
             if "method" in values and method_from_config(values["method"]) != own["method"]:
                 problems.append("method: is that of the adapter it continues from; leave it out")
             values = own | values | {"method": own["method"]}
-        values["method"], wrong = _parse_method(values.get("method", DEFAULT))
+        values["method"], wrong = _parse_method(values.get("method", DEFAULT), new=not values.get("continue_from"))
         problems += wrong
         if isinstance(values.get("task"), str):
             values["task"] = {"name": values["task"]}
-        problems += _task_problems(values.get("task") or {})
+        if isinstance(values.get("task"), Mapping):
+            problems += _task_problems(values["task"])
         try:
             config = cls(**values)
         except ValidationError as error:
@@ -225,11 +227,14 @@ def _of_adapter(folder: str) -> dict[str, Any]:
     return {"base": base_name(folder), "method": read_method(folder), "quantize": quantized}
 
 
-def _parse_method(raw: Any) -> tuple[Method | None, list[str]]:
+def _parse_method(raw: Any, *, new: bool) -> tuple[Method | None, list[str]]:
     if not isinstance(raw, str | Mapping | Method):
         return None, [f"method: {raw!r} is neither a name nor a mapping with one"]
     try:
-        return method_from_config(raw), []
+        method = method_from_config(raw)
+        if new:
+            method.check_new()
+        return method, []
     except UnknownName as error:
         return None, [f"method: {error}"]
     except ConfigError as error:
@@ -247,18 +252,21 @@ def _task_problems(raw: Mapping[str, Any]) -> list[str]:
 
 def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> list[str]:
     """What is wrong, a line each, with the nearest known key for an unknown one."""
+    sections: Mapping[str, type[BaseModel]] = getattr(cls, "SECTIONS", {})
     lines = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
+    for mistake in mistakes(error, lambda loc: 2 if loc and loc[0] in sections else 1):
+        path = [str(part) for part in mistake.path]
         if path == ["method"]:
             continue  # told already, with more detail
         where = prefix + ".".join(path)
-        if problem["type"] == "extra_forbidden":
+        if mistake.kind == "extra_forbidden":
             lines.append(f"{where}: unknown key.{_nearest(path, cls)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: is missing")
+        elif mistake.kind == "model_type" and (section := sections.get(where)):
+            such = mistake.given if isinstance(mistake.given, str | int) else "…"
+            like = f", such as {where}.{next(iter(section.model_fields))}={such}"
+            lines.append(f"{where}: {mistake.what.replace('a mapping', 'a mapping' + like, 1)}")
         else:
-            lines.append(f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r})")
+            lines.append(f"{where}: {mistake.what}")
     return lines
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.adapters import Adapter, Base
 from veneer.adapters.files import base_name, read_record, weights_hash
-from veneer.errors import AdapterFileError, ConfigError
+from veneer.errors import AdapterFileError, ConfigError, FetchError, did_you_mean
 from veneer.tasks import Outcome, Task, load_base, task_from_config
 from veneer.tasks.base import Scores
 from veneer.training.settings import DistillSettings
@@ -128,8 +128,16 @@ class Distillation:
 
 
 @contextlib.contextmanager
-def distilling(adapter: Adapter, task: Task, settings: DistillSettings | None) -> Iterator[Distillation | None]:
+def distilling(
+    adapter: Adapter, task: Task, settings: DistillSettings | None, names: Sequence[str] | None = None
+) -> Iterator[Distillation | None]:
     """The loss with the teacher that the settings ask for, if they do, who is there as long as the block lasts.
+
+    Args:
+        adapter: the student.
+        task: what for.
+        settings: how; None: not at all.
+        names: of the tasks the rows are of, if they say.
 
     Raises:
         ConfigError: there is no such teacher, or none that could teach this: of another task, vocabulary or labels.
@@ -139,6 +147,8 @@ def distilling(adapter: Adapter, task: Task, settings: DistillSettings | None) -
         return
     teacher, base = _teacher(adapter, task, settings.teacher)
     try:
+        if isinstance(teacher, Adapter):
+            _check_tasks(teacher, settings.teacher, names)
         yield Distillation(task, settings, teacher, base)
     finally:
         if base is adapter.base and isinstance(teacher, Adapter):
@@ -157,12 +167,32 @@ def _teacher(adapter: Adapter, task: Task, name: str) -> tuple[nn.Module, Base]:
     if _is_adapter(name):
         teacher = _adapter(name, adapter, task)
         return teacher, teacher.base
-    other = load_base(name, task=task.name, device=base.device)
+    if _looks_local(name):
+        raise ConfigError(f"distill.teacher: there is no {name}.{_runs_beside(name)}")
+    try:
+        other = load_base(name, task=task.name, device=base.device)
+    except FetchError as error:
+        raise ConfigError(
+            f"distill.teacher: there is no folder {name} here, and as a base it cannot be had: {error}"
+        ) from error
     other.model.requires_grad_(False)
     _check_vocabulary(base, other, name)
     if not task.plain_base:
         _check_labels(task, other, name)
     return other.model, other
+
+
+def _looks_local(name: str) -> bool:
+    """Whether nothing is where a path leads, rather than a hub id or a catalogue name."""
+    path = Path(name).expanduser()
+    written = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return not path.exists() and (written or (len(path.parts) > 1 and path.parent.is_dir()))
+
+
+def _runs_beside(name: str) -> str:
+    beside = Path(name).expanduser().parent
+    runs = sorted(each.name for each in beside.glob("*") if _is_adapter(str(each))) if beside.is_dir() else []
+    return did_you_mean(Path(name).name, runs) or (f" Adapters in {beside}: {', '.join(runs)}." if runs else "")
 
 
 def _is_adapter(name: str) -> bool:
@@ -195,6 +225,15 @@ def _adapter(folder: str, student: Adapter, task: Task) -> Adapter:
         raise ConfigError(f"distill.teacher: {error}") from error
     teacher.requires_grad_(False)
     return teacher
+
+
+def _check_tasks(teacher: Adapter, name: str, names: Sequence[str] | None) -> None:
+    try:
+        teacher.method.for_tasks(names)
+    except ConfigError as error:
+        raise ConfigError(
+            f"distill.teacher: {name} is told at each row which task it is of, and must know it. {error}"
+        ) from error
 
 
 def _check_vocabulary(base: Base, other: Base, name: str) -> None:

@@ -24,7 +24,7 @@ from veneer.training.preflight import Pace
 from veneer.training.progress import Progress, Samples, console, peak_memory
 from veneer.training.rows import TRAINING, VALIDATION
 from veneer.training.settings import TrainSettings
-from veneer.training.survey import survey
+from veneer.training.survey import survey, tell_trained
 from veneer.training.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ class Result:
         tokens: seen in training, padding not counted; likewise.
         trainable: numbers trained.
         trainable_share: the same as a share of the base's parameters.
-        adapter_bytes: of the adapter's parameters.
+        adapter_bytes: of what the adapter's files hold.
         base_bytes: of the base's parameters.
         peak_memory: bytes the process held at most.
         before: validation of the untrained adapter, or None without validation data.
@@ -88,7 +88,10 @@ def fit(
     """
     base = adapter.base
     if resume is not None:
+        looked = adapter.unsurveyed  # it had, before the run was cut off
         files.resume(adapter, resume)
+        if looked:
+            tell_trained(adapter)
     train_set, validation = checked.prepared[TRAINING], checked.prepared.get(VALIDATION)
     arguments = _arguments(adapter, settings, output, len(train_set.examples), validation is not None, resume)
     progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)
@@ -143,7 +146,7 @@ def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress
         seconds=progress.seconds,
         tokens=progress.tokens,
         trainable=trained,
-        trainable_share=trained / adapter.base.parameter_count,
+        trainable_share=adapter.share(trained),
         adapter_bytes=adapter.nbytes,
         base_bytes=adapter.base.nbytes,
         peak_memory=peak_memory(),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,17 @@ from veneer.data import DataReport, Part
 from veneer.deltas import Tokens
 from veneer.errors import ConfigError, DataError
 from veneer.tasks import Checked, Prepared, Task, check_data
-from veneer.training.passes import count
+from veneer.training.forecast import forecast
 from veneer.training.progress import duration, peak_memory, size
+from veneer.training.rehearsal import KINDS
 from veneer.training.settings import TrainSettings
 
 _TIMED = 3
 """Steps that are timed, after a first one that pays for warming up."""
 _SHOWN = 400
 """Characters of each piece of the example."""
-_ACTIVATIONS = 8
-"""Numbers kept for the backward pass per token and layer, in widths of the model, at the very least."""
+_ERROR = 0.25
+"""By how much a forecast of memory may be too high."""
 
 
 def preflight(
@@ -40,8 +39,11 @@ def preflight(
     *,
     max_truncated: float,
     console: Console,
-) -> Checked:
+) -> tuple[Checked, dict[str, Any] | None]:
     """Check everything that can be known before the first step, and show it.
+
+    Returns:
+        The data, checked and prepared, and the `forecast` of what is going to be held.
 
     Args:
         adapter: what will be trained.
@@ -60,6 +62,8 @@ def preflight(
             f"Nothing would be trained: {adapter.method.name} has no trainable parameters here; choose another method "
             "or other method.targets."
         )
+    for said in adapter.method.remarks(adapter.sites):
+        console.print(f"note: {said}", markup=False)
     checked = check_data(task, adapter.base, parts, max_truncated=max_truncated, say=console.print)
     for line in checked.report.lines():
         console.print(line, markup=False)
@@ -67,10 +71,19 @@ def preflight(
     for finding in checked.report.findings:
         console.print(f"[yellow]warning:[/yellow] {finding.part}: ", end="")
         console.print(finding.message, markup=False)
+    training = checked.prepared[parts[0].name]
+    if unmet := unmet_tokens(adapter, training):
+        console.print("[yellow]warning:[/yellow] training: ", end="")
+        console.print(
+            f"{', '.join(unmet)} {'occur' if len(unmet) > 1 else 'occurs'} in no row, so {adapter.method.name} learns "
+            "nothing of what that means. Is it spelt in the text as the tokenizer has it?",
+            markup=False,
+        )
     check_markers(adapter, checked)
-    check_memory(adapter, checked.prepared[parts[0].name], settings)
+    planned = forecast(adapter, task, training, settings)
+    check_memory(planned, adapter.device, console)
     show_example(task, checked.parts[parts[0].name], adapter.base.tokenizer, console)
-    return checked
+    return checked, planned
 
 
 def refuse(report: DataReport) -> None:
@@ -80,6 +93,14 @@ def refuse(report: DataReport) -> None:
         raise DataError(f"The data are not fit to learn from. {refused[0]}")
     if refused:
         raise DataError("The data are not fit to learn from:\n" + "\n".join(f"  - {each}" for each in refused))
+
+
+def unmet_tokens(adapter: Adapter, training: Prepared) -> list[str]:
+    """The tokens whose own parameters are trained and which no example has, as the tokenizer writes them."""
+    unmet = set(adapter.method.meets())
+    for examples in training.examples.iter(1000) if unmet else ():
+        unmet.difference_update(*examples["input_ids"])
+    return [f"{adapter.base.tokenizer.decode([token])!r} (token {token})" for token in sorted(unmet)]
 
 
 def check_markers(adapter: Adapter, checked: Checked) -> None:
@@ -123,52 +144,27 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:half]} … {text[-half:]}"
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What a step needs beyond what is held already, in bytes, at the very least."""
+def check_memory(planned: Mapping[str, Mapping[str, int]] | None, device: torch.device, console: Console) -> None:
+    """Tell what a step is going to hold.
 
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.optimizer + self.activations + self.logits
-
-
-def least_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> Memory:
-    """A lower bound on what the largest step needs: from the widths the model's config tells, its longest rows, and
-    the numbers that are trained."""
-    config = adapter.base.model.config
-    rows = min(settings.batch_size, len(prepared.examples))
-    lengths = sorted(prepared.examples["length"][:], reverse=True)[:rows]
-    rows = math.ceil(rows / count(rows, lengths[0], settings.tokens_of_a_pass(adapter.device)))
-    tokens = rows * lengths[0]
-    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
-    kept = 1 if settings.checkpointing else _ACTIVATIONS
-    number = torch.empty(0, dtype=adapter.base.dtype).element_size()
-    learned = sum(sorted(prepared.tokens.learned.tolist(), reverse=True)[:rows])
-    scores = min(learned, tokens) * getattr(config, "vocab_size", 0)
-    return Memory(
-        optimizer=adapter.trainable * (4 + 8),  # gradients, and Adam's two moments
-        activations=tokens * width * layers * kept * number,
-        logits=scores * (4 + 4),  # in float32, and their gradients
-    )
-
-
-def check_memory(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> None:
-    """Raises ConfigError if the least a step needs is more than there is."""
-    need, free = least_memory(adapter, prepared, settings), available_memory(adapter.device)
-    if need.total <= free:
+    Raises:
+        ConfigError: that is clearly more than there is.
+    """
+    if planned is None:
         return
-    what = ["train.batch_size (and raise train.accumulation)", "task.max_length"]
-    if not settings.checkpointing:
-        what.append("or set train.checkpointing=true")
+    step, free = planned["training"], available_memory(device)
+    need = step["total"] - step["weights"] - step.get("adapter", 0)  # these are there already
+    parts = sorted(((value, name) for name, value in step.items() if name in KINDS), reverse=True)
+    most = ", ".join(f"{name} {size(value)}" for value, name in parts[:3])
+    told = f"{step['rows']} rows of up to {step['tokens']:,} tokens: {most}"
+    if need * (1 - _ERROR) <= free:
+        total = size(step["total"])
+        console.print(f"plan: a step holds about {total} of tensors ({told}); {size(free)} free", markup=False)
+        return
     raise ConfigError(
-        f"A step needs at least {size(need.total)} of memory, but {size(free)} are free: {size(need.activations)} for "
-        f"rows of up to {prepared.longest:,} tokens, {size(need.logits)} for the scores of "
-        f"learned tokens, {size(need.optimizer)} for the optimiser. Lower {', '.join(what)}."
+        f"A step needs about {size(need)} of memory besides base and adapter, but {size(free)} are free ({told}). "
+        "Lower train.batch_size (and raise train.accumulation), train.pass_tokens or task.max_length, or set "
+        "train.checkpointing=true."
     )
 
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from veneer.adapters import Adapter, Base
-from veneer.adapters.files import adapter_folder, read_record, weights_hash
+from veneer.adapters.files import adapter_folder, read_method, read_record, weights_hash
 from veneer.data import Part
-from veneer.data.formats import TASK
 from veneer.data.report import MAX_TRUNCATED
 from veneer.errors import AdapterFileError, ConfigError, Interrupted, TrainingError
 from veneer.tasks import Task, adapter_task, choose_task, load_base, task_class, task_from_config
@@ -74,9 +73,9 @@ def train(
     parts = parts_of(DataSettings.model_construct(train=data, validation=validation), options.seed)
     chosen = _task(adapter, task, parts[0].rows)
     header(adapter, chosen)
-    checked = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
+    checked, planned = preflight(adapter, chosen, parts, options, max_truncated=max_truncated, console=console)
     with contextlib.ExitStack() as stack:
-        distillation = stack.enter_context(distilling(adapter, chosen, teaching))
+        distillation = stack.enter_context(distilling(adapter, chosen, teaching, names_of(parts[0].rows)))
         where = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="veneer-")))
         stack.enter_context(folder.held(where))
         result = fit(adapter, chosen, checked, options, where, distillation=distillation)
@@ -85,6 +84,7 @@ def train(
         "distill": teaching.model_dump(mode="json") if teaching is not None else None,
         "data": {name: facts.of_rows(part.rows) for name, part in zip(("train", "validation"), parts, strict=False)},
         "versions": facts.versions(),
+        "plan": planned,
         "result": asdict(result),
     }
     return result
@@ -112,7 +112,7 @@ def run(
         resume = folder.to_resume(output, config.plain())
         adapter, task, parts = set_up(config)
         origin = adapter.record
-        distillation = stack.enter_context(distilling(adapter, task, config.distill))
+        distillation = stack.enter_context(distilling(adapter, task, config.distill, names_of(parts[0].rows)))
         started = {
             "data": facts.of_data(config.data, parts),
             "base": adapter.base.fingerprint,
@@ -127,7 +127,7 @@ def run(
         adapter.record = {"config": config.plain(), **started, "earlier": lessons(origin)}
         header(adapter, task)
         most = config.data.max_truncated
-        checked = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
+        checked, planned = preflight(adapter, task, parts, config.train, max_truncated=most, console=console)
         earlier = Earlier(adapter, task, lessons(origin), config.train.batch_size)
         try:
             result = fit(
@@ -149,7 +149,7 @@ def run(
             saved = checkpoints(output)[-1][1]
             raise Interrupted(f"{stop} Saved in {saved}; the same command goes on from there.") from None
         result = replace(result, earlier=earlier.report())
-        adapter.record["result"] = asdict(result)
+        adapter.record |= {"plan": planned, "result": asdict(result)}
         folder.finish(output, adapter, asdict(result))
     summary(adapter, result, output)
     return adapter, result
@@ -200,7 +200,7 @@ def set_up(config: RunConfig) -> tuple[Adapter, Task, list[Part]]:
         VeneerError: base, data or method don't fit.
     """
     parts = parts_of(config.data, config.train.seed)
-    adapter, task = _continued(config) if config.continue_from else _new(config, parts[0].rows)
+    adapter, task = _continued(config, parts[0].rows) if config.continue_from else _new(config, parts[0].rows)
     return adapter, task, parts
 
 
@@ -210,16 +210,19 @@ def _new(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     settings = {key: value for key, value in config.task.items() if key != "name"}
     task = _task_for(name, rows, base, settings)
     head = task.head(base, seed=config.train.seed)
-    method = config.method.for_tasks(names_of(rows[TASK]) if TASK in rows.column_names else None)
+    names = names_of(rows)
+    method = config.method.for_tasks(names)
     adapter = base.attach(method, "adapter", modules=head, task=task.describe(), seed=config.train.seed)
+    adapter.method.for_tasks(names)  # adapters that it starts from bring tasks of their own
     task = _within_positions(task, adapter, chosen="max_length" in settings)
     adapter.task = task.describe()
     return adapter, task
 
 
-def _continued(config: RunConfig) -> tuple[Adapter, Task]:
+def _continued(config: RunConfig, rows: Dataset) -> tuple[Adapter, Task]:
     """The adapter to go on from, with its task, whose settings the config may change."""
     source = str(config.continue_from)
+    read_method(source).for_tasks(names_of(rows))
     name = config.task.get("name") or read_record(source).get("task", {}).get("name")
     base = load_base(config.base, task=name, dtype=config.dtype, device=config.device, quantize=config.quantize)
     adapter = base.load(source, "adapter")

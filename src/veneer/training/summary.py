@@ -18,9 +18,10 @@ def header(adapter: Adapter, task: Task) -> None:
     """Print what is going to be trained, over what."""
     base = adapter.base
     kept = f"{base.dtype}, {base.quantized}" if base.quantized else str(base.dtype)
+    about = "about " if adapter.unsurveyed else ""  # a look at the data decides
     console.print(
         f"[bold]{base.name}[/bold]  {base.parameter_count:,} parameters, {kept}, {base.device}  ·  {task.name}"
-        f"  ·  [bold]{adapter.method.name}[/bold]  trains {adapter.trainable:,} ({adapter.trainable_share:.2%})"
+        f"  ·  [bold]{adapter.method.name}[/bold]  trains {about}{adapter.trainable:,} ({adapter.trainable_share:.2%})"
     )
 
 

@@ -21,8 +21,17 @@ from veneer.training.settings import TrainSettings
 def survey(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSettings) -> None:
     """Show the adapter's method the rows it is about to learn from, if it wants to see them and has not yet."""
     if adapter.unsurveyed:
-        console.print(f"{adapter.method.name} looks at the data before the first step")
+        method = adapter.method
+        who = method.lookers
+        console.print(f"{' and '.join(who)} look{'s' if len(who) == 1 else ''} at the data before the first step")
         adapter.survey(RowSurvey(adapter, task, prepared, settings.batch_size, settings.seed))
+        tell_trained(adapter)
+
+
+def tell_trained(adapter: Adapter) -> None:
+    """Print how much is trained, now that a look at the data has decided it."""
+    told = f"{adapter.trainable:,} numbers ({adapter.trainable_share:.2%} of the base)"
+    console.print(f"{adapter.method.name} now trains {told}")
 
 
 class RowSurvey:

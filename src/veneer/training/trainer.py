@@ -7,9 +7,10 @@ counts only once it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class Trainer(transformers.Trainer):
             TASK: [{TASK: example.get(TASK)} for example in examples],
         }
 
+    @contextlib.contextmanager
+    def _told(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Have the model, and its teacher if there is one, act by the tasks of these rows."""
+        teacher = self.distillation.teacher if self.distillation is not None else model
+        with conditioned(model, rows), conditioned(teacher, rows):
+            yield
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; parameters whose method says so learn at a multiple of the rate, in groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -151,7 +159,7 @@ class Trainer(transformers.Trainer):
         """
         batch, rows = _split(inputs)
         self.tokens_seen += int(batch["attention_mask"].sum())
-        with conditioned(model, inputs[TASK]):
+        with self._told(model, inputs[TASK]):
             outcome = (self.distillation or self.task).outcome(model, batch)
         if not torch.isfinite(outcome.loss):
             raise self._not_finite(f"loss is {float(outcome.loss.detach())}", batch, rows)
@@ -217,7 +225,7 @@ class Trainer(transformers.Trainer):
         with torch.no_grad():
             for batch in batches:
                 inputs = _split(self._prepare_inputs(batch))[0]
-                with conditioned(self.model, batch[TASK]):
+                with self._told(self.model, batch[TASK]):
                     outcome = self.task.outcome(self.model, inputs)
                     apart = self.distillation.apart(self.model, inputs) if self.distillation is not None else 0.0
                 sums += torch.tensor([float(outcome.loss), float(outcome.items), float(outcome.correct), float(apart)])
