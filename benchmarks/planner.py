@@ -9,8 +9,8 @@ Each combination of base, method, batch, dtype, checkpointing and share of label
 as training does it: forward, loss, backward, clipping, AdamW, with memory kept between steps. Predicted and measured
 are a line each of ``benchmarks/results/planner.jsonl``.
 
-*Memory* is the greatest resident size of the process in steps after the first, above that with the base loaded and
-run on a few tokens, and the bytes of its weights.
+*Memory* is the greatest resident size of the process in steps after the first, above that with the base loaded, all
+of its weights read, and run on a few tokens; and the bytes of its weights.
 *Time* is the median of steps after the first; measure it with nothing else running. The signed error is
 predicted / measured − 1, its mean the bias.
 """
@@ -113,6 +113,8 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
     base = veneer.load_base(case.base, task=task.name if found.kind == "encoder" else None, dtype=case.dtype)
     with torch.no_grad():
         base.model(input_ids=torch.arange(8)[None])
+        for each in base.model.parameters():
+            each.sum()  # files are mapped: what was never read is not resident yet
     before = held(base.device) - base.nbytes
     adapter = base.attach(method_class(case.method)(), "a", modules=task.head(base, seed=0))
     if case.checkpointing:
