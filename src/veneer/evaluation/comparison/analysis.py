@@ -25,7 +25,7 @@ COSTS = (
     "stored",
     "peak_memory",
     "seconds",
-    "cpu_seconds",
+    "wall_seconds",
     "tokens_per_second",
     "joules",
 )
