@@ -41,8 +41,8 @@ class SiteHooks:
             module.register_forward_hook(self.after, always_call=True),
         ]
         if type(module) is nn.Linear and "forward" not in module.__dict__:
-            module.__dict__["forward"] = functools.partial(self.forward, module)
-            handles.append(_Forward(module))
+            module.__dict__["forward"] = own = functools.partial(self.forward, module)
+            handles.append(_Forward(module, own))
         return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -87,10 +87,12 @@ class _Forward:
     """A module's forward that is not its class's."""
 
     module: nn.Module
+    forward: Any
 
     def remove(self) -> None:
-        """Have that of the class again."""
-        self.module.__dict__.pop("forward", None)
+        """Have that of the class again, unless somebody else has put in his own since."""
+        if self.module.__dict__.get("forward") is self.forward:
+            del self.module.__dict__["forward"]
 
 
 def _is_frozen(module: nn.Linear, x: Tensor) -> bool:
