@@ -36,11 +36,15 @@ class Fast:
     Args:
         model: the base.
         configs: its configs, which name the attention function.
+
+    Attributes:
+        linears: linear maps that are changed, and forwards that compute map and change at once where they can.
     """
 
     def __init__(self, model: nn.Module, configs: Sequence[Any]) -> None:
         self.model = model
         self.configs = configs
+        self.linears: dict[nn.Module, Forward] = {}
 
     @functools.cached_property
     def forwards(self) -> list[tuple[nn.Module, Forward]]:
@@ -50,7 +54,8 @@ class Fast:
     def on(self) -> Callable[[], None]:
         """Put the faster forms in; what to call to have the modules' own again."""
         _register()
-        modules = [(module, forward) for module, forward in self.forwards if "forward" not in module.__dict__]
+        known = [*self.forwards, *self.linears.items()]
+        modules = [(module, forward) for module, forward in known if "forward" not in module.__dict__]
         configs = [config for config in self.configs if config._attn_implementation == SDPA]
         for module, forward in modules:
             module.__dict__["forward"] = forward
