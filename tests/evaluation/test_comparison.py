@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from helpers import sums, write_jsonl
-from veneer.errors import ConfigError, Interrupted, OutputError
+from veneer.errors import ConfigError, Interrupted, OutputError, VeneerError
 from veneer.evaluation.comparison import report, runner, schedule, worker
 from veneer.evaluation.comparison.analysis import Findings, analyse
 from veneer.evaluation.comparison.claims import FAILED, HELD, PARTLY, UNKNOWN, verdicts
@@ -170,10 +170,20 @@ def test_results_are_those_of_the_very_run(tmp_path: Path) -> None:
         other.result(tmp_path)
 
 
+@pytest.fixture
+def data(folder: Path) -> Path:
+    """The files that `read_config` names."""
+    for name, words in (("a.csv", ("good", "bad", "fine", "poor")), ("b.csv", ("great", "awful"))):
+        rows = [f"this is {word},{label}" for word, label in zip(words, "yn" * 2, strict=False)]
+        (folder / name).write_text("\n".join(["text,label", *rows, ""]))
+    return folder
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Processes that run this instead of a worker; their folder is ``folder``."""
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert options["env"][schedule.PARENT] == str(os.getpid())
         head = f"import json, sys, time\nfolder = {command[-1]!r}\nspec = json.load(open(folder + '/spec.json'))\n"
         return PROCESS([sys.executable, "-c", head + body], **options)
 
@@ -187,7 +197,7 @@ json.dump(result, open(folder + "/result.json", "w"))
 """
 
 
-def test_only_what_is_missing_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_missing_is_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, entries = read_config("seeds=1", "search={factors: [3, 0.5]}")
     pretend(monkeypatch, WORKS)
     said: list[str] = []
@@ -207,7 +217,7 @@ def test_only_what_is_missing_is_run(folder: Path, monkeypatch: pytest.MonkeyPat
     assert Path("out/runs/ia3-seed0/result.json").exists()
 
 
-def test_a_crash_is_told_and_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_told_and_tried_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, entries = read_config("seeds=1", "baselines=false")
     pretend(monkeypatch, "print('out of luck'); sys.exit(3)")
     done = runner.compare(config, entries, jobs=1, say=lambda _: None)
@@ -218,7 +228,92 @@ def test_a_crash_is_told_and_tried_again(folder: Path, monkeypatch: pytest.Monke
     assert "error" not in runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result
 
 
-def test_ctrl_c_ends_the_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FAILS = 'json.dump({"spec": spec, "error": "ConfigError: not so"}, open(folder + "/result.json", "w"))'
+
+
+def test_a_failed_run_is_tried_again_with_whatever_settings(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, entries = read_config("seeds=1", "baselines=false")
+    pretend(monkeypatch, FAILS)
+    assert runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result["error"] == "ConfigError: not so"
+    pretend(monkeypatch, "sys.exit(3)")
+    assert "exit code 3" in runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result["error"]
+    config, entries = read_config("seeds=1", "baselines=false", "train.epochs=7")
+    pretend(monkeypatch, WORKS)
+    assert "error" not in runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result
+
+
+def test_some_failures_are_exit_code_1(
+    data: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored = '{"test": {"rows": 2, "metric": "accuracy", "values": [1, 0], "items": [1, 1]}}'
+    failing = f"if spec['entry'] == 'ia3':\n  {FAILS}\nelse:\n  " + WORKS.strip().replace(
+        '"tests": {}', '"tests": ' + scored
+    )
+    given = ["base=minilm-l6", "entries=[lora, ia3]", "data.train=a.csv", "data.test=b.csv", "output=out", "seeds=2"]
+    pretend(monkeypatch, failing.replace("\n          ", " ").replace("\njson", "\n  json"))
+    assert cli("compare", *given, "baselines=false") == 1
+    out, err = capsys.readouterr()
+    assert "2 of 4 runs failed" in err
+    assert "seeds that count: `ia3` 0 of 2" in out
+    assert Path("out/index.html").exists()
+
+
+def test_data_that_changed_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("seeds=1", "baselines=false", "data.out_of_domain={other: c.csv}", "data.validation=d.csv")
+    for name in "cd":
+        shutil.copy("b.csv", f"{name}.csv")
+    config, entries = read_config(*given)
+    pretend(monkeypatch, WORKS)
+    runner.compare(config, entries, jobs=1, say=lambda _: None)
+    parts = {"a.csv": "train", "b.csv": "test", "c.csv": "out-of-domain other", "d.csv": "validation"}
+    for name, part in parts.items():
+        before = Path(name).read_text()
+        Path(name).write_text(before.replace(",y", ",!").replace(",n", ",y").replace(",!", ",n"))
+        with pytest.raises(OutputError, match=rf"other data: the {part} data \({name}\)"):
+            runner.compare(config, entries, jobs=1, say=lambda _: None)
+        Path(name).write_text(before)
+    runner.compare(config, entries, jobs=1, say=lambda _: None)
+    for path in Path("out/runs").glob("*/result.json"):  # as earlier versions wrote them
+        found = json.loads(path.read_text())
+        del found["spec"]["data"]
+        path.write_text(json.dumps(found))
+    Path("b.csv").write_text(before.replace(",y", ",n"))
+    runner.compare(config, entries, jobs=1, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("data.test", None, "data.test: .*x.csv"),
+        ("data.out_of_domain.mails", None, "data.out_of_domain.mails: .*x.csv"),
+        ("data.test", "text,lable\na,b\n", "data.test: x.csv: Task .* takes rows with text, label"),
+        ("data.test", "prompt,completion\na,b\n", "data.test: x.csv: Task .* takes rows with text, label"),
+        ("data.test", "text,label\na,other\n", "labels that the training data don't have: other"),
+        ("data.out_of_domain.mails", "text,label\nThis is  good,y\n", "mails: all rows of x.csv occur in the training"),
+        ("retention", None, "x.csv"),
+    ],
+)  # fmt: skip
+def test_data_are_looked_at_before_the_first_run(data: Path, key: str, text: str | None, message: str) -> None:
+    if text is not None:
+        Path("x.csv").write_text(text)
+    config, entries = read_config(f"{key}={'[x.csv]' if key == 'retention' else 'x.csv'}")
+    with pytest.raises(VeneerError, match=message):
+        runner.compare(config, entries, jobs=1, say=lambda _: None)
+    assert not Path("out").exists()
+
+
+def test_a_worker_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may be after seconds of imports: it is init's child then."""
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker.os, "_exit", ended)
+    with pytest.raises(SystemExit):
+        worker._end_with(os.getppid() + 1)
+
+
+def test_ctrl_c_ends_the_processes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, entries = read_config("seeds=1", "baselines=false")
     pretend(monkeypatch, "time.sleep(60)")
 
@@ -312,7 +407,8 @@ def test_a_killed_comparison_goes_on(
     before = first.stat().st_mtime_ns
     assert cli("compare", "compare.yaml", "--json") == 0
     out, err = capsys.readouterr()
-    assert "1 of 1 runs are done already" in err
+    assert "1 of 3 runs are done already" in err
+    assert err.count("done already") == 1
     assert first.stat().st_mtime_ns == before
     found = json.loads(out)
     assert {line["label"] for line in found["lines"]} == {"plain base", "lora", "full"}

@@ -94,6 +94,8 @@ def summary(config: CompareConfig, found: Findings) -> str:
     if near:
         names = ", ".join(f"`{name}`" for name in near)
         lead += f", but {names} {'is' if len(near) == 1 else 'are'} within noise of it"
+    if few := [line for line in found.lines if line.baseline != "base" and line.seeds < config.seeds]:
+        lead += f"; seeds that count: {', '.join(f'`{line.label}` {line.seeds} of {config.seeds}' for line in few)}"
     base = found.baseline("base")
     if base is not None and found.lines.index(base) < found.lines.index(best):
         lead += f"; the {base.label} itself does better"
