@@ -457,9 +457,9 @@ def test_lower_losses_are_better() -> None:
 def test_forgetting_is_compared_where_both_are_as_good() -> None:
     lora = next(line for line in found_of().lines if line.label == "lora")
     assert lora.matched is not None
-    assert lora.matched["validation_loss"] == pytest.approx(0.1)  # lora's best; full went on to 0.09
-    assert lora.matched["forgotten"] == pytest.approx(0.09)
-    assert lora.matched["whole"] == pytest.approx(0.45)  # not the 0.455 it came to in the end
+    assert lora.matched.validation_loss == pytest.approx(0.1)  # lora's best; full went on to 0.09
+    assert lora.matched.forgotten == pytest.approx(0.09)
+    assert lora.matched.whole == pytest.approx(0.45)  # not the 0.455 it came to in the end
     stuck = {"course": [{"step": 0, "loss": 1.0, "forgotten": 0.0}, {"step": 5, "loss": 1.2, "forgotten": 0.3}]}
     assert next(line for line in found_of(lora=stuck).lines if line.label == "lora").matched is None
 

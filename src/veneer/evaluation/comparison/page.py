@@ -149,8 +149,8 @@ def _forgetting(there: Sequence[Line]) -> list[str]:
         figures.append(_figure("Forgotten, at the end", said, dots("Forgotten", marks, name)))
     matched = [(line, line.matched) for line in there if line.matched]
     if matched:
-        ours = [Point(of["forgotten"], 0, line.label, _kind(line)) for line, of in matched]
-        whole = [Point(of["whole"], 0, f"full fine-tuning, as good as {line.label}", "whole") for line, of in matched]
+        ours = [Point(of.forgotten, 0, line.label, _kind(line)) for line, of in matched]
+        whole = [Point(of.whole, 0, f"full fine-tuning, as good as {line.label}", "whole") for line, of in matched]
         said = "Beside each method full fine-tuning (■), both at the validation loss that both reached."
         figures.append(
             _figure("Forgotten, where both are as good", said, dots("Matched", ours, name or "", others=whole))

@@ -146,7 +146,7 @@ def _forgotten(line: Line, name: str) -> str:
 
 
 def _matched(line: Line) -> str:
-    return f"{line.matched['forgotten']:.3f}, {line.matched['whole']:.3f}" if line.matched else ""
+    return f"{line.matched.forgotten:.3f}, {line.matched.whole:.3f}" if line.matched else ""
 
 
 def _share(value: float | None) -> str:
@@ -170,7 +170,11 @@ def _flat(line: Line) -> dict[str, Any]:
             if value is not None:
                 prefix = f"{group} {name}".strip()
                 row |= {prefix: value.mean, f"{prefix} low": value.low, f"{prefix} high": value.high}
-    row |= {f"matched {name}": value for name, value in (line.matched or {}).items()}
+    if line.matched:
+        values = asdict(line.matched)
+        less = values.pop("less")
+        row |= {f"matched {name}": value for name, value in values.items()}
+        row |= {"matched less": less["mean"], "matched less low": less["low"], "matched less high": less["high"]}
     return row | dict(line.costs) | {"failed": "; ".join(line.failed)}
 
 
