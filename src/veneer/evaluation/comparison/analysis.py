@@ -149,7 +149,7 @@ def analyse(done: Sequence[Done]) -> Findings:
             if kind and other != label and label in found and other in found
             if (better := _better(found[label], found[other], sign)) is not None
         }
-        line = _line(label, own, main[label], baselines[label], standing.get(label, ""), over)
+        line = _line(label, own, main[label], baselines[label], standing.get(label, ""), over, metric)
         if whole and whole != label:
             line = replace(
                 line,
@@ -184,12 +184,12 @@ def _line(
     baseline: str | None,
     standing: str,
     over: Mapping[str, Estimate],
+    metric: str,
 ) -> Line:
     names = [name for name in main[0]["tests"] if name != IN_DOMAIN] if main else []
     apart = {name: score for name in names if (score := _scores(main, name)) is not None}
     quality = _scores(main, IN_DOMAIN)
     searched = {each.run.spec["config"]["train"]["learning_rate"]: each for each in own if each.run.kind == "search"}
-    metric = main[0]["tests"][IN_DOMAIN]["metric"] if quality else ""
     sizes = _sizes(own)
     if quality and sizes:
         sizes[main[0]["train_rows"]] = quality
@@ -282,8 +282,8 @@ def _over_whole(own: Sequence[Done], whole: Sequence[Done], sign: float) -> dict
 def _elsewhere(own: Sequence[Done]) -> dict[str | int, Scores]:
     main = _of_kind(own, "main")
     names = [name for name in main[0]["tests"] if name != IN_DOMAIN] if main else []
-    found: dict[str | int, Scores] = {name: score for name in names if (score := _scores(main, name)) is not None}
-    return found | _sizes(own)
+    apart = {name: score for name in names if (score := _scores(main, name)) is not None}
+    return {**apart, **_sizes(own)}
 
 
 def _shares(ours: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
@@ -291,15 +291,16 @@ def _shares(ours: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]
     found = {}
     for name in SHARED:
         pairs = [(mine.get(name), theirs.get(name)) for mine, theirs in _paired(ours, whole)]
-        if pairs and all(mine and theirs for mine, theirs in pairs):
-            log = of_seeds([math.log(mine / theirs) for mine, theirs in pairs])
+        logs = [math.log(mine / theirs) for mine, theirs in pairs if mine and theirs]
+        if logs:
+            log = of_seeds(logs)
             found[name] = replace(log, mean=math.exp(log.mean), low=math.exp(log.low), high=math.exp(log.high))
     return found
 
 
-def _sizes(own: Sequence[Done]) -> dict[str | int, Scores]:
+def _sizes(own: Sequence[Done]) -> dict[int, Scores]:
     """What was scored, by the number of training rows."""
-    found: dict[str | int, Scores] = {}
+    found = {}
     for size in sorted({each.run.spec["rows"] for each in own if each.run.kind == "size"}):
         runs = [each.result for each in own if each.run.spec["rows"] == size and not each.result.get("error")]
         if (score := _scores(runs, IN_DOMAIN)) is not None:
