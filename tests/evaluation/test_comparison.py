@@ -118,6 +118,14 @@ def test_mistakes_in_the_config(more: list[str], message: str) -> None:
         read_config(*more)
 
 
+def test_all_mistakes_are_told_at_once() -> None:
+    given = ["entries=[lora, lroa, {name: ia3, rnk: 2}]", "data.tset=x", "seeds=0"]
+    with pytest.raises(ConfigError) as told:
+        read_compare_config(None, given)
+    for part in ("lroa", "rnk", "data.tset", "seeds", "data.train: is missing", "output: is missing"):
+        assert part in str(told.value)
+
+
 def test_mistakes_on_the_command_line(folder: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("compare") == 2
     assert "Nothing to compare yet" in capsys.readouterr().err
@@ -238,6 +246,8 @@ def test_a_failed_run_is_tried_again_with_whatever_settings(data: Path, monkeypa
     assert runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result["error"] == "ConfigError: not so"
     pretend(monkeypatch, "sys.exit(3)")
     assert "exit code 3" in runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result["error"]
+    pretend(monkeypatch, FAILS)
+    runner.compare(config, entries, jobs=1, say=lambda _: None)
     config, entries = read_config("seeds=1", "baselines=false", "train.epochs=7")
     pretend(monkeypatch, WORKS)
     assert "error" not in runner.compare(config, entries, jobs=1, say=lambda _: None)[0].result
@@ -294,7 +304,10 @@ def test_data_that_changed_is_an_error(data: Path, monkeypatch: pytest.MonkeyPat
         ("retention", None, "x.csv"),
     ],
 )  # fmt: skip
-def test_data_are_looked_at_before_the_first_run(data: Path, key: str, text: str | None, message: str) -> None:
+def test_data_are_looked_at_before_the_first_run(
+    data: Path, monkeypatch: pytest.MonkeyPatch, key: str, text: str | None, message: str
+) -> None:
+    pretend(monkeypatch, WORKS)
     if text is not None:
         Path("x.csv").write_text(text)
     config, entries = read_config(f"{key}={'[x.csv]' if key == 'retention' else 'x.csv'}")
