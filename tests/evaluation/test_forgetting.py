@@ -11,8 +11,8 @@ import torch
 
 import veneer
 from helpers import perturb, write_jsonl
-from veneer.data import read
 from veneer.adapters import card
+from veneer.data import read
 from veneer.errors import DataError
 from veneer.evaluation import Change, forgetting, retention
 from veneer.evaluation.by_row import beside_base, by_row
