@@ -319,6 +319,15 @@ Written by `python -m benchmarks.learning --write` from what `python -m benchmar
 where that reaches down to zero, the method is marked ✗. *Trained* and *stored* count the head (770 numbers), as shares
 of the base's parameters and bytes. *Step* is the time of a training step on 2 CPU cores.
 
+*Learning rate* is the method's own default, one for all bases and tasks; nothing was searched for with these runs,
+which have no validation rows. Most defaults were not changed once a method was there. Those of `mam`, `unilora`,
+`vblora`, `parallel`, `diff-pruning` and `tokens`, and LoRA+'s here, were changed after trials (`mam`'s since one of
+three seeds learned nothing at the one before). The trials' rows were not kept apart from this table's, so these scores
+may flatter. `veneer compare` with `search` chooses a rate for each method by validation rows.
+
+The intervals are bootstraps over three seeds, which make too little of how far seeds lie apart: `veneer compare` has
+wider ones. Methods whose intervals overlap are not told apart here, nor are they shown to be equal.
+
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy
 import pytest
@@ -13,9 +14,10 @@ from veneer.evaluation.comparison.statistics import Scores, difference, estimate
 RANDOM = numpy.random.default_rng(0)
 
 
-def scores(values: object, items: object = None) -> Scores:
+def scores(values: object, items: object = None, seeds: Sequence[int] | None = None) -> Scores:
     table = numpy.asarray(values, float)
-    return Scores(table, numpy.ones(table.shape[1]) if items is None else numpy.asarray(items, float))
+    weights = numpy.ones(table.shape[1]) if items is None else numpy.asarray(items, float)
+    return Scores(table, weights, range(len(table)) if seeds is None else seeds)
 
 
 def test_one_seed_is_a_t_interval_over_rows() -> None:
@@ -64,13 +66,49 @@ def test_rows_weigh_as_much_as_they_have_items() -> None:
 
 
 def test_the_plain_base_has_one_run_beside_several() -> None:
-    base = scores(RANDOM.normal(0, 1, (1, 100)))
+    base = scores(RANDOM.normal(0, 1, (1, 100)), seeds=())
     ours = scores(base.values + 0.5 + RANDOM.normal(0, 0.01, (3, 100)))
     found = difference(ours, base)
     assert found is not None
     assert found.seeds == 3
     assert found.low < 0.5 < found.high
     assert found.high - found.low < 0.05
+
+
+def test_seeds_are_paired_by_number() -> None:
+    """Seed 0 of one failed: its others are beside those of the same number, whatever their place."""
+    theirs = scores(numpy.arange(3)[:, None] + RANDOM.normal(0, 1, (1, 30)))
+    ours = scores(theirs.values[1:] + 0.5, seeds=(1, 2))
+    found = difference(ours, theirs)
+    assert found is not None
+    assert (found.seeds, found.low, found.high) == pytest.approx((2, 0.5, 0.5))
+    single = difference(scores(theirs.values[2:] + 0.5, seeds=(2,)), theirs)
+    assert single is not None
+    assert (single.seeds, single.mean) == pytest.approx((1, 0.5))
+    assert difference(scores(theirs.values[:1], seeds=(7,)), theirs) is None
+
+
+def test_seeds_that_happen_to_be_equal_are_no_certainty() -> None:
+    """One more right of 60 in each of two seeds, but on another row each."""
+    table = numpy.zeros((2, 60))
+    table[0, 3] = table[1, 40] = 1
+    assert estimate(scores(table)).p > 0.3
+    assert estimate(scores(table)).low < 0
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_equal_methods_are_told_apart_no_more_often_than_they_may(seeds: int) -> None:
+    """Right and wrong answers, as accuracy has them."""
+    wrong = 0
+    for _ in range(600):
+        hard = RANDOM.normal(1.8, 1.5, (1, 60))
+        ours, theirs = (
+            scores(hard + RANDOM.normal(0, 0.7, (seeds, 60)) + RANDOM.normal(0, 0.3, (seeds, 1)) > 0) for _ in "ab"
+        )
+        found = difference(ours, theirs)
+        assert found is not None
+        wrong += found.p < 0.05
+    assert wrong / 600 < 0.06
 
 
 def test_what_is_alike_is_alike() -> None:

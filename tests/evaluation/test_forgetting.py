@@ -11,6 +11,7 @@ import torch
 
 import veneer
 from helpers import perturb, write_jsonl
+from veneer.adapters import card
 from veneer.data import read
 from veneer.errors import DataError
 from veneer.evaluation import Change, forgetting, retention
@@ -145,6 +146,22 @@ def test_virtual_tokens_are_left_out_of_features(classifier: veneer.Adapter) -> 
     assert of(one)[SIMILARITY, TEXTS].adapter > 0.8
 
 
+def test_texts_without_halves_are_not_retrieved(classifier: veneer.Adapter, folder: Path) -> None:
+    write_jsonl(folder / "words.jsonl", [{"text": "bread"}, {"text": "rain"}, {"text": "two words"}])
+    changes = forgetting(classifier, own=["words.jsonl"]).changes
+    assert [change.measure for change in changes if change.data == "words"] == [SIMILARITY]
+    write_jsonl(folder / "words.jsonl", [{"text": "bread"}, {"text": "much rain"}, {"text": "two words"}])
+    retrieval = forgetting(classifier, own=["words.jsonl"]).changes[-1]
+    assert (retrieval.data, retrieval.measure, retrieval.rows) == ("words", RETRIEVAL, 2)
+
+
+def test_the_card_says_which_texts_are_ones_own() -> None:
+    change = {"measure": "kl", "rows": 3, "base": 0.0, "adapter": 0.1, "change": {"value": 0.1}}
+    told = card._forgotten({"changes": [{**change, "data": TEXTS}, {**change, "data": "manuals"}]})[0]
+    assert "manuals: texts of your own, whatever it saw of them" in told
+    assert "your own" not in card._forgotten({"changes": [{**change, "data": TEXTS}]})[0]
+
+
 def test_classifiers_take_texts_only(classifier: veneer.Adapter, folder: Path) -> None:
     write_jsonl(folder / "asked.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match="'asked' has prompt, completion; for sequence-classification it takes `text`"):
@@ -216,7 +233,11 @@ def test_eval_tells_it(
     assert cli("eval", "a", "rows.jsonl", "--no-forgetting", "--json") == 0
     assert json.loads(capsys.readouterr().out)["forgetting"] is None
     assert cli("eval", "a", "rows.jsonl", "--retention", "nowhere.jsonl") == 2
-    assert "nowhere.jsonl" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "nowhere.jsonl" in err
+    assert "evaluating" not in err  # not after minutes of it
+    assert cli("eval", "a", "rows.jsonl", "--retention", "own.jsonl", "--no-forgetting") == 2
+    assert "leave out --no-forgetting" in capsys.readouterr().err
     Path("a/veneer.json").unlink()
     assert cli("eval", "a", "rows.jsonl", "--record", "--no-forgetting") == 2
     assert "no record to keep an evaluation in" in capsys.readouterr().err

@@ -95,6 +95,10 @@ def _evaluated(evaluation: Mapping[str, Any]) -> str:
     return f"## Evaluation\n\n{told}\n\n" + "\n".join([f"| | adapter | {beside} |", "|---|---|---|", *rows])
 
 
+_SHIPPED = ("general texts", "general prompts", "general questions")
+"""What forgetting is measured on by itself; other data are the user's own."""
+
+
 def _forgotten(found: Mapping[str, Any] | None) -> list[str]:
     """What an evaluation found to be forgotten; nothing where it was not measured."""
     if not found:
@@ -107,7 +111,9 @@ def _forgotten(found: Mapping[str, Any] | None) -> list[str]:
         f"{_number(change['adapter'])} | {_score(change['change'])} |"
         for change in found["changes"]
     ]
-    told = "On what the adaptation never saw, with the adapter on; kl and loss in nats a token."
+    own = list(dict.fromkeys(change["data"] for change in found["changes"] if change["data"] not in _SHIPPED))
+    yours = f"; {', '.join(own)}: texts of your own, whatever it saw of them" if own else ""
+    told = f"On what the adaptation never saw{yours}. With the adapter on; kl and loss in nats a token."
     table = "\n".join(["| | base | adapter | change |", "|---|---|---|---|", *rows])
     return [f"{title}\n\n{told}\n\n{table}"]
 

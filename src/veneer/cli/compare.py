@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -81,5 +82,9 @@ def compare_(
         for verdict in told:
             console.print(f"{verdict.verdict:>13}  {verdict.claim} {verdict.because}", markup=False, soft_wrap=True)
         console.print(f"The page: {config.output / HTML}", markup=False, soft_wrap=True)
+    if failed := sum(bool(each.result.get("error")) for each in done):
+        progress.print(f"{failed} of {len(done)} runs failed; the same command tries them again.", markup=False)
     if not any(line.quality for line in found.lines):
         raise ConfigError(f"All runs failed; see {config.output / HTML}, and log.txt in the folders of runs.")
+    if failed:
+        sys.exit(1)

@@ -85,12 +85,17 @@ def eval_(
 
     from veneer.cli.columns import mapping
     from veneer.cli.output import console, print_json, table
+    from veneer.errors import ConfigError
     from veneer.evaluation import evaluate
     from veneer.evaluation.harness import harness
     from veneer.evaluation.record import keep
+    from veneer.evaluation.retention import own
     from veneer.tasks import load_adapter
     from veneer.training.progress import console as progress
 
+    if retention and not forgetting:
+        raise ConfigError("--retention says what to measure forgetting on; leave out --no-forgetting, or it.")
+    own(retention)
     longest: dict[str, Any] = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     loaded = load_adapter(adapter, base=base_model)
     report = evaluate(

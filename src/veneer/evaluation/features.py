@@ -25,7 +25,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Kept:
-    """A value a text.
+    """A value a text; of `base` and `adapter`, a value a text that has two halves, and none if fewer than two have.
 
     Attributes:
         similarity: of its features under base and adapter.
@@ -40,14 +40,17 @@ class Kept:
 
 def kept(adapter: Adapter, texts: Sequence[str], max_length: int) -> Kept:
     """What is left of the features of these texts."""
-    halves = [cut for text in texts for cut in _halves(text)]
+    pairs = [halves for text in texts if all(halves := _halves(text))]
+    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+    if len(pairs) < 2:  # with nothing to mistake it for, the nearest half says nothing
+        firsts = seconds = []
     found = {}
     for name, model in (("base", adapter.base.model), ("adapter", adapter)):
         with torch.no_grad(), adapter.base.using(None):
-            found[name] = [_features(model, adapter, each, max_length) for each in (texts, halves[::2], halves[1::2])]
+            found[name] = [_features(model, adapter, each, max_length) for each in (texts, firsts, seconds)]
     centre = found["base"][0].mean(0)
     similarity = F.cosine_similarity(found["base"][0] - centre, found["adapter"][0] - centre, dim=-1)
-    return Kept(similarity.tolist(), *(_found(firsts, seconds) for _, firsts, seconds in found.values()))
+    return Kept(similarity.tolist(), *(_found(ahead, behind) for _, ahead, behind in found.values()))
 
 
 def _halves(text: str) -> tuple[str, str]:
@@ -68,9 +71,11 @@ def _features(model: nn.Module, adapter: Adapter, texts: Sequence[str], max_leng
         mask = batch["attention_mask"][..., None].float()
         states = states[:, states.shape[1] - mask.shape[1] :]
         found.append((states * mask).sum(1) / mask.sum(1))
-    return torch.cat(found).cpu()
+    return torch.cat(found).cpu() if found else torch.empty(0, 0)
 
 
 def _found(firsts: Tensor, seconds: Tensor) -> list[float]:
+    if not len(firsts):
+        return []
     nearest = (F.normalize(firsts, dim=-1) @ F.normalize(seconds, dim=-1).T).argmax(-1)
     return (nearest == torch.arange(len(firsts))).float().tolist()

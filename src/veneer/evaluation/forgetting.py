@@ -182,5 +182,6 @@ def _of_features(adapter: Adapter, task: Task, sets: dict[str, Dataset]) -> tupl
             )
         found = kept(adapter, rows["text"][:], task.max_length)
         changes.append(_change(name, SIMILARITY, [1.0] * len(rows), found.similarity))
-        changes.append(_change(name, RETRIEVAL, found.base, found.adapter))
+        if found.base:
+            changes.append(_change(name, RETRIEVAL, found.base, found.adapter))
     return tuple(sorted(changes, key=lambda change: change.measure != SIMILARITY))

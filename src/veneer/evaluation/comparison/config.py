@@ -135,9 +135,23 @@ def read_compare_config(file: Path | None, overrides: Sequence[str], **given: An
     try:
         config = CompareConfig(**values)
     except ValidationError as error:
-        lines = explain(error, CompareConfig)
+        lines = [*explain(error, CompareConfig), *_of_entries(values, error)]
         raise ConfigError("The config has mistakes:\n" + "\n".join(f"  - {line}" for line in lines)) from error
     return config, _entries(config)
+
+
+def _of_entries(values: Mapping[str, Any], error: ValidationError) -> list[str]:
+    """Mistakes of the entries beside those of other keys, which are left out, or stood in for, to find them."""
+    wrong = {str(mistake["loc"][0]) for mistake in error.errors() if mistake["loc"]}
+    sound = {key: value for key, value in values.items() if key not in wrong}
+    needed: dict[str, Any] = {"data": {"train": "", "test": ""}, "output": ".", "base": ""}
+    try:
+        _entries(CompareConfig(**{**{key: needed[key] for key in needed if key not in sound}, **sound}))
+    except ValidationError:
+        return []  # of the entries themselves
+    except ConfigError as mistakes:
+        return [line.removeprefix("  - ") for line in str(mistakes).splitlines()[1:]]
+    return []
 
 
 def _entries(config: CompareConfig) -> list[Entry]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 
-from veneer.evaluation.comparison.analysis import Findings, Line
+from veneer.evaluation.comparison.analysis import COMMONEST, Findings, Line
 from veneer.evaluation.comparison.charts import Point, dots, lines, scatter
 from veneer.evaluation.comparison.claims import Verdict
 from veneer.evaluation.comparison.config import CompareConfig
@@ -149,8 +149,8 @@ def _forgetting(there: Sequence[Line]) -> list[str]:
         figures.append(_figure("Forgotten, at the end", said, dots("Forgotten", marks, name)))
     matched = [(line, line.matched) for line in there if line.matched]
     if matched:
-        ours = [Point(of["forgotten"], 0, line.label, _kind(line)) for line, of in matched]
-        whole = [Point(of["whole"], 0, f"full fine-tuning, as good as {line.label}", "whole") for line, of in matched]
+        ours = [Point(of.forgotten, 0, line.label, _kind(line)) for line, of in matched]
+        whole = [Point(of.whole, 0, f"full fine-tuning, as good as {line.label}", "whole") for line, of in matched]
         said = "Beside each method full fine-tuning (■), both at the validation loss that both reached."
         figures.append(
             _figure("Forgotten, where both are as good", said, dots("Matched", ours, name or "", others=whole))
@@ -212,7 +212,7 @@ def _front(points: Sequence[Point], lower_is_better: bool) -> list[str]:
 
 
 def _kind(line: Line) -> str:
-    return line.baseline or {"best": "best", "within noise": "near"}.get(line.standing, "behind")
+    return line.baseline or (line.standing if line.standing in ("best", "behind") else "near")
 
 
 def _figure(title: str, said: str, svg: str) -> str:
@@ -222,11 +222,11 @@ def _figure(title: str, said: str, svg: str) -> str:
 def _legend() -> str:
     marks = {
         "best": "● best",
-        "near": "○ within noise of it",
+        "near": "○ not told from it",
         "behind": "● behind",
         "whole": "■ full fine-tuning",
         "head": "▲ head alone",
-        "base": "◆ plain base",
+        "base": "◆ plain base, or the commonest answer",
     }
     shown = (f'<span style="color: var(--{kind})">{name[0]}</span>{name[1:]}' for kind, name in marks.items())
     return f'<p class="quiet">{" &ensp; ".join(shown)}</p>'
@@ -264,8 +264,8 @@ def _notes(config: CompareConfig, found: Findings) -> str:
         if tried:
             rates = f"Learning rates tried for <code>{escape(line.label)}</code> (validation loss)"
             notes.append(f"{rates}: {', '.join(tried)}")
-    if any(line.baseline == "base" for line in found.lines) and found.baseline("head"):
-        notes.append("The plain base has no head: its line is that of always giving the commonest answer.")
+    if any(line.baseline == "base" and line.label.startswith(COMMONEST) for line in found.lines):
+        notes.append("A plain base has no head for this task: beside it stands always giving the commonest answer.")
     if config.power is not None and any(line.costs.get("joules") for line in found.lines):
         notes.append(f"Energy is estimated where the machine does not tell it: time × {config.power:g} W.")
     notes.append("Time, tokens/s and energy are of the training steps alone; memory is the process's peak in training.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import yaml
 
 from veneer.errors import Interrupted
 from veneer.evaluation.comparison.config import CompareConfig, Entry, head_baselines
-from veneer.evaluation.comparison.schedule import OUTPUT, Run, plain_bases, rate, searches, trainings
+from veneer.evaluation.comparison.data import checked
+from veneer.evaluation.comparison.schedule import OUTPUT, PARENT, RESULT, Run, plain_bases, rate, searches, trainings
 from veneer.storage import write_text
 from veneer.training.progress import duration
 
@@ -48,33 +50,54 @@ def compare(config: CompareConfig, entries: Sequence[Entry], *, jobs: int, say: 
         say: told what begins and what came out.
 
     Raises:
-        OutputError: the folder holds other runs of these names, or another comparison is at work in it.
+        DataError: some of the data cannot be read, or is not for the task.
+        OutputError: the folder holds other runs of these names or of other data, or another comparison is at work.
         Interrupted: Ctrl-C; the same command goes on.
     """
     from veneer.training import folder
 
+    data = checked(config, entries)
     with folder.held(config.output):
         write_text(config.output / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        runner = _Runner(config.output, jobs, say)
-        done = runner.run(plain_bases(config, entries), further=len(entries) * config.seeds)
+        runner = _Runner(config.output, jobs, say, data)
+        bases = plain_bases(config, entries)
+        there = sum(runner.finished(run) for run in bases)
+        done = runner.run(bases)
         if _has_head(done):
             entries = [*entries, *head_baselines(config, entries)]
-        done += (searched := runner.run(searches(config, entries), further=len(entries) * config.seeds))
+        tries = searches(config, entries)
+        planned = [*tries, *trainings(config, entries, {entry.label: rate(entry) for entry in entries})]
+        there += sum(runner.finished(run) for run in planned)  # by name: rates are known after the search
+        if there:
+            say(f"{there} of {len(bases) + len(planned)} runs are done already.")
+        runner.left = sum(not runner.finished(run) for run in planned)
+        done += (searched := runner.run(tries))
         rates = {entry.label: _best_rate(entry, searched) for entry in entries}
         return done + runner.run(trainings(config, entries, rates))
 
 
 class _Runner:
-    def __init__(self, output: Path, jobs: int, say: Callable[[str], None]) -> None:
-        self.output, self.jobs, self.say = output, jobs, say
-        self.seconds: list[float] = []
+    """Runs processes.
 
-    def run(self, runs: Sequence[Run], further: int = 0) -> list[Done]:
-        """These, in their order; those that have a result are not run again."""
+    Attributes:
+        left: trainings still to come, in this call of `run` and in later ones.
+    """
+
+    def __init__(self, output: Path, jobs: int, say: Callable[[str], None], data: Mapping[str, Any]) -> None:
+        self.output, self.jobs, self.say, self.data = output, jobs, say, data
+        self.seconds: list[float] = []
+        self.left = 0
+
+    def finished(self, run: Run) -> bool:
+        """Whether a run of this name has come out."""
+        path = run.folder(self.output) / RESULT
+        return path.exists() and not json.loads(path.read_text(encoding="utf-8")).get("error")
+
+    def run(self, runs: Sequence[Run]) -> list[Done]:
+        """These, in their order; those that came out are not run again."""
+        runs = [run.on(self.data) for run in runs]
         found = {run.name: run.result(self.output) for run in runs}
-        waiting = [run for run in runs if found[run.name] is None]
-        if len(waiting) < len(runs):
-            self.say(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already.")
+        waiting = [run for run in runs if (found[run.name] or {"error": "not run yet"}).get("error")]
         active: list[tuple[Run, subprocess.Popen[bytes], float]] = []
         try:
             while waiting or active:
@@ -85,7 +108,7 @@ class _Runner:
                 for run, process, began in [each for each in active if each[1].poll() is not None]:
                     active.remove((run, process, began))
                     found[run.name] = self._ended(run, process, time.perf_counter() - began)
-                    self._tell(run, found[run.name] or {}, len(waiting) + len(active) + further)
+                    self._tell(run, found[run.name] or {})
         except KeyboardInterrupt:
             raise Interrupted("Stopped; the same command goes on with the runs that are not finished.") from None
         finally:
@@ -98,14 +121,16 @@ class _Runner:
         folder = run.prepare(self.output)
         threads = max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
-        environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", PARENT: str(os.getpid())}
         command = [sys.executable, "-m", "veneer.evaluation.comparison.worker", str(folder)]
         with (folder / OUTPUT).open("wb") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def _ended(self, run: Run, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
         result = run.result(self.output)
-        self.seconds.append(seconds)
+        if run.kind != "base":  # a run without training tells nothing of how long the others take
+            self.seconds.append(seconds)
+            self.left -= 1
         if result is not None:
             return result
         log = run.folder(self.output) / OUTPUT
@@ -114,10 +139,11 @@ class _Runner:
         why = "killed, perhaps for want of memory" if process.returncode == -9 else f"exit code {process.returncode}"
         return {"error": f"The process ended without a result ({why}). {''.join(last)} See {log}."}
 
-    def _tell(self, run: Run, result: dict[str, Any], left: int) -> None:
-        mean = sum(self.seconds) / len(self.seconds)
+    def _tell(self, run: Run, result: dict[str, Any]) -> None:
         told = f"failed: {result['error']}" if result.get("error") else _told(result)
-        rest = f"  (about {duration(mean * left / self.jobs)} left)" if left else ""
+        rest = ""
+        if self.left > 0 and self.seconds:
+            rest = f"  (about {duration(sum(self.seconds) / len(self.seconds) * self.left / self.jobs)} left)"
         self.say(f"{run.name}: {told}{rest}")
 
 

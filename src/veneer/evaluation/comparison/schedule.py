@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ from veneer.errors import OutputError
 from veneer.evaluation.comparison.config import CompareConfig, Entry
 from veneer.storage import write_json
 from veneer.training.config import RunConfig
+from veneer.training.facts import changed_data
 
 RUNS, SPEC, RESULT, OUTPUT = "runs", "spec.json", "result.json", "log.txt"
 IN_DOMAIN = "test"
 """What the held-out rows of the training data's kind are called."""
+TRAIN, VALIDATION, RETENTION = "train", "validation", "retention "
+"""Data, as they are called in `Run.spec`; a retention file's path follows."""
 PLAIN = "plain base"
+PARENT = "VENEER_COMPARE_PARENT"
+"""In the environment of a run's process: the number of the process that began it."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,44 @@ class Run:
         """Where it works."""
         return output / RUNS / self.name
 
+    def on(self, data: Mapping[str, Any]) -> Run:
+        """This run with what is known of the data it uses: their rows and hashes, by `checked`."""
+        used = [TRAIN, *([VALIDATION] if self.kind != "base" else [])]
+        used += [name if name == IN_DOMAIN else further(name) for name in self.spec["tests"]]
+        used += [f"{RETENTION}{path}" for path in self.spec["retention"]]
+        return replace(self, spec={**self.spec, "data": {part: data[part] for part in used if part in data}})
+
     def result(self, output: Path) -> dict[str, Any] | None:
-        """What came out, if it is finished.
+        """What came out, if it is finished. One that failed counts whatever its settings were.
 
         Raises:
-            OutputError: the folder holds the result of another run of this name.
+            OutputError: the folder holds the result of another run of this name, or of other data.
         """
         path = self.folder(output) / RESULT
         if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if other := _differing(found["spec"], json.loads(json.dumps(self.spec))):
+        if found.get("error"):
+            return found
+        before, now = dict(found["spec"]), json.loads(json.dumps(self.spec))
+        seen, there = before.pop("data", None), now.pop("data", None)
+        if other := _differing(before, now):
             raise OutputError(
                 f"{path.parent} holds a run with other settings ({'; '.join(other[:3])}). Choose another `output`, or "
                 f"delete that folder to have it run again."
             )
+        if seen and there and (changed := changed_data(seen, there)):  # older results don't tell what they saw
+            raise OutputError(
+                f"{path.parent} was run on other data: {changed}. Put them back, choose another `output`, or delete "
+                f"{path.parent.parent} to have everything run again."
+            )
         return found
 
     def prepare(self, output: Path) -> Path:
-        """The folder, with the specification in it."""
+        """The folder, with the specification in it, and no result."""
         folder = self.folder(output)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
         write_json(folder / SPEC, self.spec)
         return folder
 
@@ -114,6 +136,11 @@ def trainings(config: CompareConfig, entries: Sequence[Entry], rates: Mapping[st
 def rate(entry: Entry) -> float:
     """The learning rate an entry takes by itself."""
     return entry.config.train.learning_rate or entry.config.method.learning_rate
+
+
+def further(name: str) -> str:
+    """What held-out rows of another kind are called among the data."""
+    return f"out-of-domain {name}"
 
 
 def slug(label: str) -> str:

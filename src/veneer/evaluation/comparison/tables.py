@@ -14,6 +14,8 @@ from veneer.evaluation.comparison.config import CompareConfig
 from veneer.evaluation.comparison.statistics import Estimate
 from veneer.training.progress import duration, size
 
+FEW = 3
+"""Below so many seeds, readers are warned."""
 Columns = Sequence[tuple[str, Sequence[str]]]
 """Titles, and a cell a line."""
 
@@ -44,7 +46,7 @@ def columns(found: Findings) -> Columns:
         ("trained", [_share(line.costs.get("trainable_share")) for line in found.lines]),
         ("stored", [_cost(line, "stored", size) for line in found.lines]),
         ("peak memory", [_cost(line, "peak_memory", size) for line in found.lines]),
-        ("time", [_cost(line, "seconds", duration) for line in found.lines]),
+        ("time", [_cost(line, "seconds", _time) for line in found.lines]),
         ("tokens/s", [_cost(line, "tokens_per_second", lambda n: f"{n:,.0f}") for line in found.lines]),
         ("energy", [_cost(line, "joules", lambda joules: f"{joules / 3600:.2g} Wh") for line in found.lines]),
         ("learning rate", [f"{line.learning_rate:g}" if line.learning_rate else "" for line in found.lines]),
@@ -94,11 +96,15 @@ def summary(config: CompareConfig, found: Findings) -> str:
     if near:
         names = ", ".join(f"`{name}`" for name in near)
         lead += f", but {names} {'is' if len(near) == 1 else 'are'} within noise of it"
+    if few := [line for line in found.lines if line.baseline != "base" and line.seeds < config.seeds]:
+        lead += f"; seeds that count: {', '.join(f'`{line.label}` {line.seeds} of {config.seeds}' for line in few)}"
     base = found.baseline("base")
     if base is not None and found.lines.index(base) < found.lines.index(best):
         lead += f"; the {base.label} itself does better"
     if best.seeds < 2:
         lead += "; with a single seed, other seeds may tell another story"
+    elif best.seeds < FEW:
+        lead += "; with two seeds, intervals are wide and rest on how far two runs happen to lie apart: take three"
     return f"{about} {lead}."
 
 
@@ -133,7 +139,8 @@ def _over(line: Line, other: Line, metric: str) -> str:
         return ""
     sign = "+" if value.mean >= 0 else "−"
     low, high = (f"{'+' if end >= 0 else '−'}{number(abs(end), metric)}" for end in (value.low, value.high))
-    return f"{sign}{number(abs(value.mean), metric)} ({low} to {high})"
+    single = ", one seed" if value.seeds < 2 else ""
+    return f"{sign}{number(abs(value.mean), metric)} ({low} to {high}{single})"
 
 
 def _forgotten(line: Line, name: str) -> str:
@@ -144,7 +151,11 @@ def _forgotten(line: Line, name: str) -> str:
 
 
 def _matched(line: Line) -> str:
-    return f"{line.matched['forgotten']:.3f}, {line.matched['whole']:.3f}" if line.matched else ""
+    return f"{line.matched.forgotten:.3f}, {line.matched.whole:.3f}" if line.matched else ""
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 59.95 else duration(seconds)
 
 
 def _share(value: float | None) -> str:
@@ -168,7 +179,11 @@ def _flat(line: Line) -> dict[str, Any]:
             if value is not None:
                 prefix = f"{group} {name}".strip()
                 row |= {prefix: value.mean, f"{prefix} low": value.low, f"{prefix} high": value.high}
-    row |= {f"matched {name}": value for name, value in (line.matched or {}).items()}
+    if line.matched:
+        values = asdict(line.matched)
+        less = values.pop("less")
+        row |= {f"matched {name}": value for name, value in values.items()}
+        row |= {"matched less": less["mean"], "matched less low": less["low"], "matched less high": less["high"]}
     return row | dict(line.costs) | {"failed": "; ".join(line.failed)}
 
 

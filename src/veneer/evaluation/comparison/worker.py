@@ -26,8 +26,9 @@ from veneer.adapters import Adapter, Base
 from veneer.data import read
 from veneer.errors import ConfigError, VeneerError
 from veneer.evaluation.by_row import by_row
+from veneer.evaluation.comparison.data import known, unseen
 from veneer.evaluation.comparison.meter import Meter
-from veneer.evaluation.comparison.schedule import RESULT, SPEC
+from veneer.evaluation.comparison.schedule import PARENT, RESULT, SPEC
 from veneer.evaluation.forgetting import forgetting
 from veneer.storage import write_json
 from veneer.tasks import Task, adapter_task
@@ -47,8 +48,8 @@ MEASURED = ("loss", "accuracy", "token_accuracy")
 
 def main() -> None:
     """Run what the folder given says."""
+    _end_with(int(os.environ.get(PARENT) or os.getppid()))
     folder = Path(sys.argv[1])
-    _end_with_parent()
     transformers.utils.logging.set_verbosity_error()
     spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     try:
@@ -128,11 +129,12 @@ def _scored(
     spec: Mapping[str, Any], task: Task, base: Base, adapter: Adapter | None, config: RunConfig
 ) -> dict[str, Any]:
     """What came out on each set of held-out rows: a value a row."""
-    known = _known(task, config) if spec["tests"] else set()
+    training = read(config.data.train, split=config.data.split, columns=config.data.columns) if spec["tests"] else ()
+    seen = known(task, training)
     metric = spec["metric"] or ("loss" if task.plain_base else "accuracy")
     found = {}
     for name, source in spec["tests"].items():
-        rows, left_out = held_out(source, spec, task, known, config)
+        rows, left_out = held_out(source, spec, task, seen, config)
         found[name] = {
             "rows": len(rows),
             "left_out": left_out,
@@ -143,7 +145,7 @@ def _scored(
 
 
 def held_out(
-    source: Any, spec: Mapping[str, Any], task: Task, known: set[str], config: RunConfig
+    source: Any, spec: Mapping[str, Any], task: Task, seen: set[str], config: RunConfig
 ) -> tuple[Dataset, int]:
     """The rows of a source that are not among the training data, and how many are.
 
@@ -152,25 +154,11 @@ def held_out(
     """
     rows = read(source, split=spec["test_split"], columns=config.data.columns)
     task.check_format(rows)
-    unseen = [index for index, row in enumerate(rows) if _question(task, row) not in known]
-    left_out = len(rows) - len(unseen)
-    if not unseen:
-        raise ConfigError(f"data.test: all rows of {source} occur in the training data; give others.")
-    rows = rows.select(unseen)
+    others = unseen(rows, source, task, seen)
+    left_out, rows = len(rows) - len(others), others
     if spec["test_limit"] is not None and spec["test_limit"] < len(rows):
         rows = rows.shuffle(seed=0).select(range(spec["test_limit"]))
     return rows, left_out
-
-
-def _known(task: Task, config: RunConfig) -> set[str]:
-    """What is asked in the training data, all of them, whether this run's seed takes them or not."""
-    rows = read(config.data.train, split=config.data.split, columns=config.data.columns)
-    return {_question(task, row) for row in rows}
-
-
-def _question(task: Task, row: Mapping[str, Any]) -> str:
-    asked = next((row[column] for column in task.asks_from if row.get(column) is not None), "")
-    return " ".join(str(asked).lower().split())
 
 
 def _values(metric: str, task: Task, base: Base, adapter: Adapter | None, rows: Dataset) -> dict[str, Any]:
@@ -200,9 +188,11 @@ def _energy(measured: float | None, seconds: float, power: float | None) -> dict
     return {"joules": None, "energy": None}
 
 
-def _end_with_parent() -> None:
-    """End when the process that started this one does, lest a comparison that is begun again meets its old runs."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """End when the process that started this one does, lest a comparison that is begun again meets its old runs. It
+    may have ended already, while this one was still importing."""
+    if os.getppid() != parent:
+        os._exit(1)
 
     def watch() -> None:
         while os.getppid() == parent:
