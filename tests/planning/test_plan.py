@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import command, tiny_llama, write_jsonl
+from veneer.bases.known import KNOWN, Known
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, plan
@@ -67,6 +68,28 @@ def test_counts_are_those_of_an_adapter(everything: Plan, tiny: str, name: str, 
         adapter.save(tmp_path / "a")
         stored = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
         assert row.stored_bytes == pytest.approx(stored, abs=200 * len(adapter.state_dict()) + 100)
+
+
+def _one_of_each_family() -> list[str]:
+    found: dict[str, Known] = {}
+    for row in KNOWN.values():
+        if row.model_type not in found or row.parameters < found[row.model_type].parameters:
+            found[row.model_type] = row
+    return sorted(row.name for row in found.values())
+
+
+@pytest.mark.parametrize("base", _one_of_each_family())
+def test_every_family_is_planned(base: str) -> None:
+    (row,) = figures(base, "lora").methods
+    assert 0 < row.trainable_share < 0.2
+    assert row.train_memory["total"] > KNOWN[base].parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", sorted({row.name for row in KNOWN.values()} - {*_one_of_each_family()}))
+def test_every_known_base_is_planned(base: str) -> None:
+    (row,) = figures(base, "lora").methods
+    assert row.train_memory["total"] > KNOWN[base].parameters
 
 
 def test_well_known_figures() -> None:
