@@ -14,6 +14,7 @@ from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, plan
 from veneer.planning.advice import advise, learned
+from veneer.planning.bases import _largest
 from veneer.planning.machine import DEVICES, machine, parse_size
 from veneer.training.rehearsal import Batch
 
@@ -229,6 +230,9 @@ def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.Capt
         (("--base", "lama-2-7b"), "Did you mean 'llama-2-7b'"),
         (("--base", "llama-2-7b", "--device", "rtx-490"), "Did you mean 'rtx-4090'"),
         (("--base", "llama-2-7b", "--memory", "much"), "no size of memory"),
+        (("--base", "llama-2-7b", "--memory", "24"), "write the unit, such as 24GB"),
+        (("--base", "llama-2-7b", "--memory=-5GB"), "no size of memory"),
+        (("base=gpt2", "base=gpt2-xl", "--base", "opt-1.3b"), "more than one base"),
         (("--base", "llama-2-7b", "--methods", "lorra"), "Did you mean 'lora'"),
         (("--base", "llama-2-7b", "--labelled", "2"), "at most 1"),
         (("--base", "llama-2-7b", "--methods", "head", "--device", GPU), "Nothing to plan on llama-2-7b: head"),
@@ -246,6 +250,13 @@ def test_bad_input(arguments: tuple[str, ...], said: str, capsys: pytest.Capture
 def test_advise_needs_something(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("advise") == 2
     assert "Nothing to advise on yet" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_do_it_is_passed_over() -> None:
+    rows = [KNOWN[name] for name in ("distilbert-base", "xlnet-base", "deberta-v3-base")]
+    found = _largest(Request("", [method_class("lora")()], SMALL, checkpointing=True, device=GPU), rows)
+    assert found is not None
+    assert found.base == "deberta-v3-base"
 
 
 @pytest.mark.slow

@@ -206,7 +206,9 @@ def blank(task: Task | None, architecture: Architecture, batch: Batch) -> dict[s
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def deepened(traced: Callable[[int], Step], architecture: Architecture, adapter_bytes: int | None = None) -> Step | None:
+def deepened(
+    traced: Callable[[int], Step], architecture: Architecture, adapter_bytes: int | None = None
+) -> Step | None:
     """The step of the whole model, told by few layers; None where only the whole model tells it.
 
     Args:
