@@ -251,8 +251,8 @@ def along(few: Step, more: Step, depths: tuple[int, int, int]) -> Step:
 
 
 def _pairs(few: Sequence[Moment], more: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
-    """The same moments in both: of those at which the same operation made as much, the first, the last, and that at which
-    most was alive. From layer to layer what is alive grows or falls steadily, so that none between them holds more."""
+    """The same moments in both: of those at which the same operation made as much, the first, the last, and that at
+    which most was alive. From layer to layer what is alive grows or falls steadily, so that none between holds more."""
     ours, theirs = _alike(few), _alike(more)
     pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
     rest = _by_name(ours, theirs), _by_name(theirs, ours)
