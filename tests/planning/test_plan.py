@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from helpers import command, tiny_llama, write_jsonl
+from veneer.bases.known import KNOWN, Known
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, plan
 from veneer.planning.advice import advise, learned
+from veneer.planning.bases import _largest
 from veneer.planning.machine import DEVICES, machine, parse_size
 from veneer.training.rehearsal import Batch
 
@@ -67,6 +69,28 @@ def test_counts_are_those_of_an_adapter(everything: Plan, tiny: str, name: str, 
         adapter.save(tmp_path / "a")
         stored = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
         assert row.stored_bytes == pytest.approx(stored, abs=200 * len(adapter.state_dict()) + 100)
+
+
+def _one_of_each_family() -> list[str]:
+    found: dict[str, Known] = {}
+    for row in KNOWN.values():
+        if row.model_type not in found or row.parameters < found[row.model_type].parameters:
+            found[row.model_type] = row
+    return sorted(row.name for row in found.values())
+
+
+@pytest.mark.parametrize("base", _one_of_each_family())
+def test_every_family_is_planned(base: str) -> None:
+    (row,) = figures(base, "lora").methods
+    assert 0 < row.trainable_share < 0.2
+    assert row.train_memory["total"] > KNOWN[base].parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", sorted({row.name for row in KNOWN.values()} - {*_one_of_each_family()}))
+def test_every_known_base_is_planned(base: str) -> None:
+    (row,) = figures(base, "lora").methods
+    assert row.train_memory["total"] > KNOWN[base].parameters
 
 
 def test_well_known_figures() -> None:
@@ -206,6 +230,9 @@ def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.Capt
         (("--base", "lama-2-7b"), "Did you mean 'llama-2-7b'"),
         (("--base", "llama-2-7b", "--device", "rtx-490"), "Did you mean 'rtx-4090'"),
         (("--base", "llama-2-7b", "--memory", "much"), "no size of memory"),
+        (("--base", "llama-2-7b", "--memory", "24"), "write the unit, such as 24GB"),
+        (("--base", "llama-2-7b", "--memory=-5GB"), "no size of memory"),
+        (("base=gpt2", "base=gpt2-xl", "--base", "opt-1.3b"), "more than one base"),
         (("--base", "llama-2-7b", "--methods", "lorra"), "Did you mean 'lora'"),
         (("--base", "llama-2-7b", "--labelled", "2"), "at most 1"),
         (("--base", "llama-2-7b", "--methods", "head", "--device", GPU), "Nothing to plan on llama-2-7b: head"),
@@ -223,6 +250,13 @@ def test_bad_input(arguments: tuple[str, ...], said: str, capsys: pytest.Capture
 def test_advise_needs_something(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("advise") == 2
     assert "Nothing to advise on yet" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_do_it_is_passed_over() -> None:
+    rows = [KNOWN[name] for name in ("distilbert-base", "xlnet-base", "deberta-v3-base")]
+    found = _largest(Request("", [method_class("lora")()], SMALL, checkpointing=True, device=GPU), rows)
+    assert found is not None
+    assert found.base == "deberta-v3-base"
 
 
 @pytest.mark.slow

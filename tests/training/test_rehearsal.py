@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from veneer.bases.architecture import Architecture
+from veneer.bases.architecture import Architecture, architecture
 from veneer.methods import method_class
 from veneer.tracing import shapes_only
 from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, task_for
@@ -62,6 +62,20 @@ def test_few_layers_tell_of_many(method: str, settings: dict[str, Any], changes:
     assert along.flops == pytest.approx(direct.flops, rel=1e-6)
     assert along.memory["total"] == pytest.approx(direct.memory["total"], rel=0.02)
     assert along.phases[""]["adapter"] == pytest.approx(held)
+
+
+@pytest.mark.parametrize("layers", [8, pytest.param(22, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("method", "settings"), [("ptuning", {}), ("tokens", {"tokens": [5]})])
+def test_the_moment_of_the_peak_may_change_with_depth(method: str, settings: dict[str, Any], layers: int) -> None:
+    found = architecture("tinyllama-1.1b").with_layers(layers)
+    rehearsal = Rehearsal(found, method_class(method)(**settings), task_for(found), found.dtype)
+    with shapes_only():
+        adapter = attached(found, rehearsal.method, rehearsal.task, found.dtype)
+    held = sum(each.nbytes for each in (*adapter.parameters(), *adapter.buffers()))
+    batch = Batch(rows=2, tokens=512)
+    along, direct = rehearsal.step(batch, held), rehearsal._traced(layers, batch)
+    assert along.memory["total"] == pytest.approx(direct.memory["total"], rel=0.01)
+    assert along.memory["workspace"] == pytest.approx(direct.memory["workspace"], rel=0.01)
 
 
 def test_checkpointing_holds_less_and_does_more() -> None:

@@ -69,6 +69,8 @@ def _row(name: str, parameters: int, model_type: str, *sizes: int, also: str = "
     if model_type == "bart":
         width = dict(zip(_SIZES[model_type], sizes, strict=True))
         settings |= {name.replace("encoder", "decoder"): value for name, value in width.items() if "encoder" in name}
+    if model_type == "t5":
+        settings["decoder_start_token_id"] = 0  # as published; transformers' own config has none
     own_head = settings.pop("own_head", False)
     named = dict(zip(_SIZES[model_type], sizes, strict=True)) | settings
     return Known(name, parameters, model_type, named, dtype, tuple(also.split()), own_head)

@@ -77,6 +77,10 @@ def plan_(
 
     if not arguments and base is None:
         raise ConfigError(_EXPLAIN)
+    named = [each.removeprefix("base=") for each in arguments if each.startswith("base=")]
+    if len({*named, *([base] if base is not None else [])}) > 1:
+        told = " ".join([*(f"base={each}" for each in named), *([f"--base {base}"] if base is not None else [])])
+        raise ConfigError(f"{told}: more than one base; a plan is of one.")
     from veneer.cli.output import print_json
     from veneer.planning import plan
     from veneer.planning.advice import advise
@@ -140,6 +144,8 @@ def show(found: Plan, advice: Advice) -> None:
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
     notes = ["train, serve: peak memory; rows: the largest pass that fits, about"]
+    if any(row.copies for row in found.methods):
+        notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]
     notes += ["quantised weights counted analytically"] if request.quantize else []
     console.print("; ".join(notes), style="dim")

@@ -69,11 +69,17 @@ def largest(request: Request, kinds: tuple[str, ...]) -> list[Candidate]:
 
 def _largest(request: Request, rows: list[Known]) -> Candidate | None:
     """By halves: what a larger base takes is taken to be more."""
+    rows = list(rows)
     low, high, best = 0, len(rows), None
     while low < high:
         middle = (low + high) // 2
         known = rows[middle]
-        (row,) = plan(replace(request, base=known.name)).methods
+        try:
+            (row,) = plan(replace(request, base=known.name)).methods
+        except ConfigError:  # it can't be trained so: without checkpointing, say, or with rows as long
+            del rows[middle]
+            high -= 1
+            continue
         if row.fits:
             there = known.name in CATALOGUE or any(name in CATALOGUE for name in known.also)
             best = Candidate(known.name, known.parameters, request.checkpointing, request.quantize, row, there)

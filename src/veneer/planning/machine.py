@@ -156,6 +156,7 @@ def machine(name: str | None = None, *, dtypes: tuple[torch.dtype, ...] = ()) ->
 
 
 _SIZE = re.compile(r"([0-9]+(?:[.][0-9]+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+_LEAST = 10**6
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -173,9 +174,12 @@ def parse_size(text: str) -> int:
     """Bytes of ``24GB``, ``1.5 TB``, ``512MiB``.
 
     Raises:
-        ConfigError: it is no size.
+        ConfigError: it is no size, or less than a megabyte.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None or float(found[1]) <= 0:
         raise ConfigError(f"{text!r} is no size of memory; write 24GB, 512MB or 16GiB.")
-    return round(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    size = round(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    if size < _LEAST:
+        raise ConfigError(f"{text!r} is {size:,} bytes of memory, too few for anything; write the unit, such as 24GB.")
+    return size

@@ -1,8 +1,8 @@
 """Memory and work of code that is run on shapes: which bytes live when, which operations touch them.
 
 Every operation's new storages are entered with what they are for, and struck out when nothing refers to them any more,
-as Python and autograd hold them: what is kept for a backward is what the code really keeps. Of each phase the moment is
-kept at which most is alive. What an operation takes and gives back inside itself is not seen.
+as Python and autograd hold them: what is kept for a backward is what the code really keeps. What is alive is noted
+whenever something is added. What an operation takes and gives back inside itself is not seen.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,26 @@ class Work:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Moment:
+    """One at which something was added.
+
+    Attributes:
+        name: of the operation that made it; empty where something was entered.
+        nbytes: made.
+        alive: bytes by kind, with it.
+    """
+
+    name: str
+    nbytes: int
+    alive: Mapping[str, int]
+
+    @cached_property
+    def total(self) -> int:
+        """Bytes alive."""
+        return sum(self.alive.values())
+
+
 class Ledger(TorchDispatchMode):
     """Keeps the books while it is entered (around `shapes_only`'s own block: innermost).
 
@@ -47,7 +68,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         work: the operations, in order.
-        peaks: phase -> bytes by kind at the moment of it at which most was alive.
+        moments: phase -> its moments, in order.
     """
 
     def __init__(self, vocabulary: int | None = None) -> None:
@@ -55,26 +76,32 @@ class Ledger(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.work: list[Work] = []
         self.alive: dict[str, int] = {}
-        self.peaks: dict[str, dict[str, int]] = {}
+        self.moments: dict[str, list[Moment]] = {}
         self._entered: dict[int, tuple[str, int]] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
-        self._phase, self._kind, self._most = "", "", 0
+        self._phase, self._kind = "", ""
+
+    @property
+    def peaks(self) -> dict[str, Mapping[str, int]]:
+        """Phase -> bytes by kind at the moment of it at which most was alive."""
+        return {phase: max(there, key=lambda each: each.total).alive for phase, there in self.moments.items()}
 
     @contextlib.contextmanager
     def phase(self, name: str, kind: str) -> Iterator[None]:
         """Storages made inside the block are of this kind."""
-        before = self._phase, self._kind, self._most
-        self._phase, self._kind, self._most = name, kind, -1
-        self._note()
+        before = self._phase, self._kind
+        self._phase, self._kind = name, kind
+        self._note("", 0)
         try:
             yield
         finally:
-            self._phase, self._kind, self._most = before
+            self._phase, self._kind = before
 
     def enter(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count tensors that are there already, or were counted as another kind."""
         for tensor in tensors:
             self._add(tensor, kind)
+        self._note("", 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -85,6 +112,7 @@ class Ledger(TorchDispatchMode):
             if id(tensor.untyped_storage()) not in self._entered:
                 logits = self.vocabulary is not None and self.vocabulary in tensor.shape
                 self._add(tensor, "logits" if logits else self._kind)
+                self._note(func.__name__, tensor.untyped_storage().nbytes())
         self._record(func, args, kwargs or {}, result, made)
         return result
 
@@ -95,7 +123,6 @@ class Ledger(TorchDispatchMode):
         self._entered[key] = (kind, nbytes)
         self._references[key] = weakref.ref(storage, lambda _: self._strike(key))
         self.alive[kind] = self.alive.get(kind, 0) + nbytes
-        self._note()
 
     def _strike(self, key: int) -> None:
         if key in self._entered:
@@ -103,11 +130,11 @@ class Ledger(TorchDispatchMode):
             self._references.pop(key, None)
             self.alive[kind] -= nbytes
 
-    def _note(self) -> None:
-        total = sum(self.alive.values())
-        if total > self._most:
-            self._most = total
-            self.peaks[self._phase] = dict(self.alive)
+    def _note(self, name: str, nbytes: int) -> None:
+        there = self.moments.setdefault(self._phase, [])
+        if not name and there and not there[-1].name:
+            there.pop()  # what is entered in a row is one moment
+        there.append(Moment(name, nbytes, dict(self.alive)))
 
     def _record(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any, made: list[Tensor]) -> None:
         packet = func._overloadpacket

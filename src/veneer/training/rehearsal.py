@@ -6,8 +6,10 @@ rightly without an edit. Nothing is loaded and nothing computed, so that a model
 small one does.
 
 Layers are alike, so a model of few of them is run twice, a period of layers apart, and all else follows in a line
-(`along`): of each phase of a step the bytes of each kind, of the work the number of each operation. Whether the line
-holds shows at the adapter's own bytes, which are known for the whole model.
+(`along`): of the work the number of each operation; of every moment of a step, not of its peak alone, the bytes of each
+kind. For which moment is the peak may change with depth: in the shallow model it may be that of the virtual tokens'
+own network, in the whole one the end of the forward. Whether the line holds shows at the adapter's own bytes, which are
+known for the whole model; else more layers are taken, in the end all.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import contextlib
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from veneer.bases.architecture import Architecture
 from veneer.errors import ConfigError
 from veneer.methods import Method
 from veneer.tasks import TASKS, Task
-from veneer.tracing import Ledger, Work, shapes_only
+from veneer.tracing import Ledger, Moment, Work, shapes_only
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 """What memory is for: the base's parameters, the adapter's, their gradients and the optimiser's states; what is kept
@@ -62,10 +64,12 @@ class Step:
     Attributes:
         phases: phase -> bytes by kind, at the moment of it at which most is alive.
         work: the operations, and how many times each is done.
+        moments: phase -> all of them, where the model itself was traced.
     """
 
     phases: Mapping[str, Mapping[str, float]]
     work: Mapping[Work, float]
+    moments: Mapping[str, Sequence[Moment]] = field(default_factory=dict)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -133,15 +137,8 @@ class Rehearsal:
         Raises:
             AdapterError: the architecture has no checkpointing, and it is asked for.
         """
-        layers, period = self.architecture.layers, self.architecture.period
-        depth = period
-        while 2 * depth < layers:
-            few, more = (self._traced(count, batch) for count in (depth, 2 * depth))
-            found = along(few, more, (layers - depth) / depth)
-            if abs(found.phases[""].get("adapter", 0) - adapter_bytes) < 1:
-                return found
-            depth *= 2  # it acts on some layers only: those at the ends, say
-        return self._traced(layers, batch)
+        found = deepened(lambda count: self._traced(count, batch), self.architecture, adapter_bytes)
+        return found or self._traced(self.architecture.layers, batch)
 
     def _traced(self, layers: int, batch: Batch) -> Step:
         shallow = replace(self, architecture=self.architecture.with_layers(layers))
@@ -178,7 +175,7 @@ class Rehearsal:
                 del loss
                 torch.nn.utils.clip_grad_norm_(learned, 1.0)
                 optimizer.step()
-        return Step(ledger.peaks, Counter(ledger.work))
+        return _step(ledger)
 
     def _loss(self, adapter: Adapter, inputs: Mapping[str, Any]) -> Any:
         if self.task is None:
@@ -209,32 +206,103 @@ def blank(task: Task | None, architecture: Architecture, batch: Batch) -> dict[s
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def along(few: Step, more: Step, times: float) -> Step:
-    """The step ``times`` as far from the first as the second is, in a line."""
+def deepened(
+    traced: Callable[[int], Step], architecture: Architecture, adapter_bytes: int | None = None
+) -> Step | None:
+    """The step of the whole model, told by few layers; None where only the whole model tells it.
 
-    def line(first: float, second: float) -> float:
-        return first + (second - first) * times
+    Args:
+        traced: the step of so many layers.
+        architecture: of the whole model.
+        adapter_bytes: of the adapter on the whole model, if there is one.
+    """
+    layers, period = architecture.layers, architecture.period
+    depth = 2 * period  # the first and the last may be of their own kind: one layer would be both
+    while 2 * depth + period < layers:
+        found = along(traced(depth), traced(depth + period), (depth, depth + period, layers))
+        if adapter_bytes in (None, round(found.phases[""].get("adapter", 0))):
+            return found
+        depth *= 2
+    return None
 
-    phases = {
-        phase: {
-            kind: line(kinds.get(kind, 0), more.phases[phase].get(kind, 0)) for kind in {*kinds, *more.phases[phase]}
-        }
-        for phase, kinds in few.phases.items()
-    }
+
+def along(few: Step, more: Step, depths: tuple[int, int, int]) -> Step:
+    """The step of a third depth, in a line with those of two.
+
+    Args:
+        few: traced with the first of these depths.
+        more: traced with the second.
+        depths: layers of either, and of the model that is asked for.
+    """
+    first, second, whole = depths
+    times = (whole - first) / (second - first)
+
+    def line(one: float, other: float) -> float:
+        return one + (other - one) * times
+
+    phases = {}
+    for phase, there in few.moments.items():
+        pairs = _pairs(there, more.moments[phase])
+        one, other = max(pairs, key=lambda pair: line(pair[0].total, pair[1].total))
+        kinds = {*one.alive, *other.alive}
+        phases[phase] = {kind: line(one.alive.get(kind, 0), other.alive.get(kind, 0)) for kind in kinds}
     work = {each: line(few.work.get(each, 0), more.work.get(each, 0)) for each in {*few.work, *more.work}}
     return Step(phases, work)
 
 
+def _pairs(few: Sequence[Moment], more: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
+    """The same moments in both: of those at which the same operation made as much, the first, the last, and that at
+    which most was alive. From layer to layer what is alive grows or falls steadily, so that none between holds more."""
+    ours, theirs = _alike(few), _alike(more)
+    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    rest = _by_name(ours, theirs), _by_name(theirs, ours)
+    for name in rest[0].keys() & rest[1].keys():  # tensors for all layers at once are larger in the deeper
+        pairs += zip(rest[0][name], rest[1][name], strict=False)
+    for one, other in pairs:
+        yield one[0], other[0]
+        yield one[-1], other[-1]
+        yield max(one, key=lambda each: each.total), max(other, key=lambda each: each.total)
+
+
+def _alike(moments: Sequence[Moment]) -> dict[tuple[str, int], list[Moment]]:
+    found: dict[tuple[str, int], list[Moment]] = {}
+    for each in moments:
+        found.setdefault((each.name, each.nbytes), []).append(each)
+    return found
+
+
+def _by_name(
+    ours: Mapping[tuple[str, int], list[Moment]], theirs: Mapping[tuple[str, int], list[Moment]]
+) -> dict[str, list[list[Moment]]]:
+    """Those that the other has not, by operation."""
+    found: dict[str, list[list[Moment]]] = {}
+    for key, moments in ours.items():
+        if key not in theirs:
+            found.setdefault(key[0], []).append(moments)
+    return found
+
+
 def served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> Step:
     """What reading a prompt and keeping its keys and values holds and does: the base alone, without gradients."""
-    layers, depth = architecture.layers, architecture.period
-    if 2 * depth >= layers:
-        return _served(architecture, dtype, batch)
-    few, more = (_served(architecture.with_layers(count), dtype, batch) for count in (depth, 2 * depth))
-    return along(few, more, (layers - depth) / depth)
+    kept: dict[int, int] = {}
+
+    def traced(layers: int) -> Step:
+        found, kept[layers] = _served(architecture.with_layers(layers), dtype, batch)
+        return found
+
+    step = deepened(traced, architecture) or traced(architecture.layers)
+    if architecture.layers in kept:
+        cache: float = kept[architecture.layers]
+    else:
+        (first, one), (second, other) = sorted(kept.items())[-2:]
+        cache = one + (other - one) * (architecture.layers - first) / (second - first)
+    kinds = dict(step.phases["forward"])
+    kinds |= {"kv": cache, "activations": max(kinds.get("activations", 0) - cache, 0)}
+    return Step({"forward": kinds}, step.work)
 
 
-def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> Step:
+def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> tuple[Step, int]:
+    """The step, and bytes of its keys and values, which count as activations there."""
     with rehearsing(batch.size, batch.size), torch.no_grad():
         model = architecture.build(dtype).eval()
         ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
@@ -249,10 +317,11 @@ def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> Ste
             with ledger.phase("forward", "activations"):
                 output = model(**inputs)
     cache = tree_leaves(tuple(getattr(output, "past_key_values", None) or ()))
-    kept = sum(each.nbytes for each in cache if isinstance(each, torch.Tensor))
-    kinds = ledger.peaks["forward"]
-    kinds |= {"kv": kept, "activations": max(kinds.get("activations", 0) - kept, 0)}
-    return Step({"forward": kinds}, Counter(ledger.work))
+    return _step(ledger), sum(each.nbytes for each in cache if isinstance(each, torch.Tensor))
+
+
+def _step(ledger: Ledger) -> Step:
+    return Step(ledger.peaks, Counter(ledger.work), ledger.moments)
 
 
 @contextlib.contextmanager
