@@ -148,7 +148,7 @@ def show(found: Plan, advice: Advice) -> None:
         notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]
     notes += ["quantised weights counted analytically"] if request.quantize else []
-    console.print("; ".join(notes), style="dim")
+    console.print("\n".join(notes), style="dim")
     show_advice(advice)
 
 
