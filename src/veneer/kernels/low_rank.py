@@ -34,7 +34,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return _forward(ctx, x, y, a, b, scale)
+        inner, b = _inner(ctx, x, y, a, b, scale)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view_as(y)
 
     @staticmethod
     @once_differentiable
@@ -50,7 +51,10 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.weight = weight  # frozen: nothing that autograd would have to watch
-        return _forward(ctx, x, F.linear(x, weight, bias), a, b, scale)
+        y = F.linear(x, weight, bias)
+        inner, b = _inner(ctx, x, y, a, b, scale)
+        y.view(-1, y.shape[-1]).addmm_(inner, b.t())
+        return y
 
     @staticmethod
     @once_differentiable
@@ -64,12 +68,13 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
-def _forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _inner(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """s · h, and B in the dtype of the products."""
     x, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
     inner = (x @ a.t()).mul_(scale)
     ctx.save_for_backward(x, a, b, inner)
     ctx.scale = scale
-    return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view_as(y)
+    return inner, b
 
 
 def _factors(
