@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import veneer
 from helpers import perturb, tiny_llama
-from veneer.bases.fast import FAST_SDPA, Fast
+from veneer.bases.fast import FAST_SDPA, ROTARY, Fast, sdpa
 from veneer.kernels import attention as kernel
 from veneer.kernels.attention import attention
 
 
-def learned(adapter: veneer.Adapter, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+def learned(adapter: veneer.Adapter, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Loss and all gradients in one vector."""
     adapter.zero_grad()
-    loss = adapter(input_ids=ids, labels=ids, **inputs).loss
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    loss = adapter(input_ids=ids, labels=labels, attention_mask=mask).loss
     loss.backward()
     gradients = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
     return torch.cat([loss.detach()[None], *gradients])
@@ -38,7 +42,7 @@ def model() -> nn.Module:
 
 def test_what_is_recognised(smollm: veneer.Base) -> None:
     found = Counter(type(module).__name__ for module, _ in Fast(smollm.model, [smollm.model.config]).forwards)
-    assert found == {"LlamaRMSNorm": 61, "LlamaMLP": 30}
+    assert found == {"LlamaRMSNorm": 61, "LlamaMLP": 30, "LlamaAttention": 30}
 
 
 def test_modules_that_compute_something_else_are_left_alone(model: nn.Module) -> None:
@@ -63,14 +67,45 @@ def test_modules_that_compute_something_else_are_left_alone(model: nn.Module) ->
     assert not Fast(nn.Sequential(OtherNorm(), OtherLayer()), []).forwards
 
 
+def turned_by(function: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> type[nn.Module]:
+    """A module whose forward calls it by transformers' name, as a global of its file."""
+    names = {"nn": nn, ROTARY: function}
+    exec(f"class Turns(nn.Module):\n    def forward(self, *args):\n        return {ROTARY}(*args)", names)
+    return names["Turns"]  # type: ignore[return-value]
+
+
+def test_rotary_embeddings_of_another_kind_are_left_alone() -> None:
+    def halves(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    def neighbours(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        q, k = (torch.cat([each[..., ::2], each[..., 1::2]], -1) for each in (q, k))
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    def part(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        n = cos.shape[-1]
+        turned = apply_rotary_pos_emb(q[..., :n], k[..., :n], cos, sin)
+        return tuple(torch.cat([each, rest[..., n:]], -1) for each, rest in zip(turned, (q, k), strict=True))
+
+    first, second, third = (turned_by(function)() for function in (halves, neighbours, part))
+    forwards = dict(Fast(nn.ModuleList([first, second, third]), []).forwards)
+    assert set(forwards) == {first, third}
+    x, cos, sin = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    query, _ = forwards[third](x, x, cos, sin)
+    assert "Rotary" in type(query.grad_fn).__name__
+    expected, got = third(x, x, cos[..., :4], sin[..., :4]), forwards[third](x, x, cos[..., :4], sin[..., :4])
+    assert all(map(torch.equal, got, expected))
+    assert got[0].shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_gradients_are_those_of_the_base_itself(
     dtype: torch.dtype, padded: bool, smollm: veneer.Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = smollm if dtype == torch.bfloat16 else veneer.load_base("smollm2-135m-instruct", dtype=dtype)
-    used: list[str] = []
-    monkeypatch.setattr(kernel, "attention", lambda *args: used.append("attention") or attention(*args))
+    used: list[Any] = []
+    monkeypatch.setattr(kernel, "attention", lambda *args: used.append(args[3:5]) or attention(*args))
     monkeypatch.setattr(kernel, "GAINS", {torch.float32, torch.bfloat16})
     adapter = base.attach(veneer.LoRA(rank=4), "a")
     perturb(adapter, std=0.02)
@@ -79,15 +114,36 @@ def test_losses_and_gradients_are_those_of_the_base_itself(
     mask = torch.ones_like(ids)
     if padded:
         mask[1, 25:] = 0
-    fast = learned(adapter, ids, attention_mask=mask)
-    assert len(used) == 30
+    fast = learned(adapter, ids, mask)
+    assert used == 30 * [(None, True)]  # padding at the ends needs no mask
     with monkeypatch.context() as patch:
         patch.setattr(base._execution, "fast", None)
-        plain = learned(adapter, ids, attention_mask=mask)
+        plain = learned(adapter, ids, mask)
     assert len(used) == 30
     off = (fast - plain).norm() / plain.norm()
     assert off < (1e-5 if dtype == torch.float32 else 0.05)
     assert untouched(base.model)
+
+
+@pytest.mark.parametrize("kind", ["ends", "starts", "gap", "window", "all"])
+def test_masks_that_hide_more_than_padding_at_the_ends_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Any] = []
+    monkeypatch.setattr(kernel, "attention", lambda *args: used.append(args[3:5]) or attention(*args))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask = mask if kind == "all" else mask.tril()
+    if kind == "window":
+        mask = mask.triu(-2)
+    else:
+        mask[1, ..., {"ends": slice(4, None), "starts": slice(2), "gap": slice(2, 4), "all": slice(0)}[kind]] = False
+    q, k, v = (torch.randn(2, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    result, _ = sdpa(nn.Module(), q, k, v, mask)
+    [(kept, causal)] = used
+    assert (kept is None, causal) == ((True, True) if kind == "ends" else (False, False))
+    plain = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    off = (result - plain.transpose(1, 2)).abs()
+    if kind == "ends":
+        off[1, 4:] = 0  # what padding sees
+    assert off.nan_to_num(0).max() < 0.03
 
 
 def test_only_where_gradients_are_computed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import add_low_rank, low_rank_linear
 from veneer.kernels.rms_norm import rms_norm
+from veneer.kernels.rotary import rotary
 
 EXACT = 1e-10
 
@@ -256,3 +257,15 @@ def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:
     assert not attention_kernel.suits(query, query, query, mask.float().requires_grad_(), False)
     assert not attention_kernel.suits(query[:, :, :3], query, query, None, True)
     assert not attention_kernel.suits(query.detach(), query.detach(), query.detach(), None, False)
+
+
+def test_rotary() -> None:
+    cos, sin = numbers(2, 1, 5, 8, seed=1).detach(), numbers(2, 1, 5, 8, seed=2).detach()
+
+    def plain(x: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+
+    compared(lambda x: rotary(x, cos, sin), plain, numbers(2, 3, 5, 8))
+    x, *angles = (each.bfloat16() for each in (numbers(2, 3, 5, 8), cos, sin))
+    cos, sin = angles
+    assert torch.equal(rotary(x, cos, sin), plain(x))

@@ -3,6 +3,7 @@
     attention       backward by plain batched products            `veneer.kernels.attention`
     RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
+    rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
 
 A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers.
 Nothing of it stays: the modules' own methods are back when the forward is over.
@@ -13,20 +14,25 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from veneer.kernels import attention as kernel
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
 from veneer.kernels.rms_norm import rms_norm
+from veneer.kernels.rotary import rotary
 
 SDPA = "sdpa"
 FAST_SDPA = "veneer_sdpa"
+ROTARY = "apply_rotary_pos_emb"
+"""What transformers' files of models call the function that turns queries and keys, each having its own."""
 Forward = Callable[..., Any]
 
 
@@ -86,15 +92,37 @@ def sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and attention_mask is None and query.shape[2] > 1
+    padded = attention_mask is not None and query.shape[2] == key.shape[2] and _only_pads(attention_mask)
+    mask = None if padded else attention_mask
+    causal = padded or (causal and mask is None and query.shape[2] > 1)
     usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
-    if usual and kernel.suits(query, key, value, attention_mask, causal):
+    if usual and kernel.suits(query, key, value, mask, causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return kernel.attention(query, key, value, attention_mask, causal, scale).transpose(1, 2).contiguous(), None
+        return kernel.attention(query, key, value, mask, causal, scale).transpose(1, 2).contiguous(), None
     result: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return result
+
+
+_PADS: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+"""Masks that have been looked at: all layers of a forward share one."""
+
+
+def _only_pads(mask: Tensor) -> bool:
+    """Whether a mask hides later keys and padding at the ends of rows, no more.
+
+    Then it can be left out for a causal one: padding comes later than all that is there, and what padding itself sees
+    reaches nothing that counts.
+    """
+    square = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
+    if mask.dtype != torch.bool or not square or type(mask) is not Tensor:  # one without numbers, while planning
+        return False
+    if mask not in _PADS:
+        there = mask[:, :, -1:]
+        ends = bool((there[..., 1:] <= there[..., :-1]).all() and there[..., 0].all())
+        _PADS[mask] = ends and torch.equal(mask, torch.ones_like(mask[:1]).tril_() & there)
+    return _PADS[mask]
 
 
 def _register() -> None:
@@ -109,6 +137,7 @@ def _register() -> None:
 def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     """Each class is tried once with each way it could be built."""
     tried: dict[tuple[Any, ...], bool] = {}
+    turning: dict[type, Forward | None] = {}
     for module in model.modules():
         for forward, key in (*_as_norm(module), *_as_gated(module)):
             found = (type(module), key)
@@ -117,6 +146,46 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
             if tried[found]:
                 yield module, functools.partial(forward, module)
                 break
+        else:
+            kind = type(module)
+            if kind not in turning:
+                turning[kind] = _with_rotary(kind)
+            if (turned := turning[kind]) is not None:
+                yield module, functools.partial(turned, module)
+
+
+def _with_rotary(kind: type[nn.Module]) -> Forward | None:
+    """The forward of an attention module with the faster function in the place of its own; None where it calls none
+    or one that computes something else."""
+    forward: object = kind.forward
+    if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    theirs: Forward = forward.__globals__[ROTARY]
+    x = torch.linspace(-3, 3, 96).cos().view(1, 2, 3, 16)
+    angles = torch.linspace(0, 3, 48).view(1, 3, 16)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = [each.to(dtype) for each in (x, x.sin(), angles.cos(), angles.sin())]
+            if not all(map(torch.equal, theirs(*tensors), _turned(*tensors))):
+                return None
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        alike = len({(each.dtype, each.shape[-1]) for each in (query, key, cos, sin)}) == 1
+        usual = alike and cos.dim() == 3 and not (args or kwargs or cos.requires_grad)
+        return (_turned if usual else theirs)(query, key, cos, sin, *args, **kwargs)
+
+    names = {**forward.__globals__, ROTARY: turned}
+    own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
+
+
+def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[rows, heads, positions, d]`` by cosines and sines ``[rows, positions, d]``."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return rotary(query, cos, sin), rotary(key, cos, sin)
 
 
 def _as_norm(module: nn.Module) -> Iterator[tuple[Forward, Any]]:

@@ -89,9 +89,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _added(query: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """The mask as what is added to scores; None where all is seen."""
+    """The mask as what is added to scores, of a block to its own keys if causal; None where all is seen."""
     if causal:
-        n = query.shape[2]
+        n = min(query.shape[2], _BLOCK)
         mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=query.device).tril_()
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -108,8 +108,9 @@ def _parts(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Ite
         for first in range(0, queries, block):
             own, seen = slice(first, first + block), slice(min(first + block, keys) if causal else keys)
             masks = mask if mask is None or len(mask) == 1 else mask[some]
-            if masks is not None:
-                masks = masks[:, :, own if masks.shape[2] > 1 else slice(None), seen]
+            if causal and masks is not None:
+                last = min(block, queries - first)
+                masks = masks[:, :, :last, :last]
             yield (some, slice(None), own), (some, slice(None), seen), masks
 
 
@@ -145,7 +146,8 @@ def _grouped(states: Tensor, key: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, taken: Tensor | None, mask: Tensor | None, scale: float, query: Tensor) -> Tensor:
-    """``scale · q kᵀ + mask − taken`` ``[n, queries, keys]``, the mask by the heads and queries of ``query``."""
+    """``scale · q kᵀ + mask − taken`` ``[n, queries, keys]``, the mask by the heads and queries of ``query``; a causal
+    one is of the last keys only, as all queries of a block see those before."""
     rest = 1.0
     if math.frexp(scale)[0] == 0.5:  # a power of two: exact on q, which is far smaller than scores
         q = q * scale
@@ -156,7 +158,7 @@ def _scores(q: Tensor, k: Tensor, taken: Tensor | None, mask: Tensor | None, sca
         scores.mul_(rest)
     if mask is not None:
         by_head = scores.view(*query.shape[:3], -1)
-        by_head += mask
+        by_head[..., by_head.shape[-1] - mask.shape[-1] :] += mask
     return scores
 
 

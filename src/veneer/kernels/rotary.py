@@ -1,0 +1,42 @@
+"""Rotary position embeddings with a backward of its own; nothing is negated, joined or kept.
+
+    y₁ = x₁ cos₁ − x₂ sin₁,   y₂ = x₂ cos₂ + x₁ sin₂,       dx₁ = dy₁ cos₁ + dy₂ sin₂,   dx₂ = dy₂ cos₂ − dy₁ sin₁
+
+x₁ and x₂ are the halves of a head (Su et al. 2021, arXiv:2104.09864, §3.4.2; halves rather than neighbours, as most
+models have it). Every product and sum is rounded where models round it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x ``[…, d]`` turned by angles with these cosines and sines, which fit x and get no gradient."""
+    result: Tensor = _Rotary.apply(x, cos, sin)
+    return result
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = x * cos
+        (y1, y2), (x1, x2), (sin1, sin2) = (each.chunk(2, -1) for each in (y, x, sin))
+        y1 -= x2 * sin1
+        y2 += x1 * sin2
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        dx = gradient * cos
+        (dx1, dx2), (dy1, dy2), (sin1, sin2) = (each.chunk(2, -1) for each in (dx, gradient, sin))
+        dx1 += dy2 * sin2
+        dx2 -= dy1 * sin1
+        return dx, None, None
