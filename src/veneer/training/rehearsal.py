@@ -160,7 +160,7 @@ class Rehearsal:
         own = {id(each) for each in (*adapter.parameters(), *adapter.buffers())}
         inputs = blank(self.task, self.architecture, batch)
         ledger = Ledger(self.architecture.vocabulary)
-        with _unwatched(), ledger:
+        with _unwatched(), ledger, ledger.shortened():
             ledger.enter([each for each in base.model.parameters() if id(each) not in own], "weights")
             ledger.enter([*adapter.parameters(), *adapter.buffers()], "adapter")
             for states in optimizer.state.values():
@@ -312,7 +312,7 @@ def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> tup
         if architecture.kind == "encoder-decoder":
             inputs |= {"use_cache": True, "decoder_input_ids": ids[:, :1]}
         ledger = Ledger(architecture.vocabulary)
-        with _unwatched(), ledger:
+        with _unwatched(), ledger, ledger.shortened():
             ledger.enter(model.parameters(), "weights")
             with ledger.phase("forward", "activations"):
                 output = model(**inputs)
