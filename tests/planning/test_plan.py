@@ -12,7 +12,7 @@ from helpers import command, tiny_llama, write_jsonl
 from veneer.bases.known import KNOWN, Known
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
-from veneer.planning import Plan, Request, plan
+from veneer.planning import Plan, Request, bases, plan
 from veneer.planning.advice import advise, learned
 from veneer.planning.bases import _largest
 from veneer.planning.machine import DEVICES, machine, parse_size
@@ -203,6 +203,27 @@ def test_the_command(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "recommended  lora" in shown
     assert "times by public figures" in shown
+
+
+def test_planning_tells_how_far_it_is(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--methods", "lora,ia3", "--device", GPU, "--length", "16", "--json")
+    assert command("plan", "--base", tiny, *options) == 0
+    told = capsys.readouterr()
+    json.loads(told.out)
+    first, second = told.err.splitlines()
+    assert first == "planning methods 1/2: lora"
+    assert second.startswith("planning methods 2/2: ia3  (about 0:")
+
+
+def test_the_search_for_a_base_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(bases, "plan", lambda request: (_ for _ in ()).throw(ConfigError("no")))
+    with pytest.raises(ConfigError, match="No base known"):
+        bases.largest(Request("", device=GPU), ("decoder",), lambda name, left: seen.append((name, left)))
+    assert {name for name, _ in seen} <= set(KNOWN)
+    assert all(left > 0 for _, left in seen)
+    assert seen[-1][1] == 1
+    assert seen[0][1] > 2 * seen[-2][1]
 
 
 def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

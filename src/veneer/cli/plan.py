@@ -82,17 +82,17 @@ def plan_(
         told = " ".join([*(f"base={each}" for each in named), *([f"--base {base}"] if base is not None else [])])
         raise ConfigError(f"{told}: more than one base; a plan is of one.")
     from veneer.cli.output import print_json
+    from veneer.cli.steps import steps
     from veneer.planning import plan
     from veneer.planning.advice import advise
     from veneer.planning.request import from_config
-    from veneer.training.progress import console as progress
 
     request = from_config(
         arguments, base=base, methods=methods, device=device, memory=memory, length=length, labelled=labelled,
         variants=variants, watts=watts,
     )  # fmt: skip
-    with progress.status("planning, a second or two for each method"):
-        found = plan(request)
+    with steps("methods") as begin:
+        found = plan(request, begin)
     advice = advise(found, rows=request.data.rows if request.data else None, serving=serve)
     if json:
         print_json(plain(found, advice))

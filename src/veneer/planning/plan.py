@@ -12,7 +12,7 @@ these weights, and one map at a time as it is dequantised.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,8 @@ GRAMS = 473.0
 """Of CO₂ a kilowatt-hour: the world's average of 2024 (Ember, Global Electricity Review 2025)."""
 HEADROOM = 0.1
 """Share of the memory left free."""
+Begin = Callable[[str, int], None]
+"""Told what begins, and how many steps are left at most, with it."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,12 @@ class Plan:
         return next((row for row in self.methods if row.method == method), None)
 
 
-def plan(request: Request) -> Plan:
+def plan(request: Request, begin: Begin = lambda name, left: None) -> Plan:
     """Plan.
+
+    Args:
+        request: what for.
+        begin: told each method as it begins.
 
     Raises:
         BaseError: there is no such base.
@@ -203,7 +209,9 @@ def plan(request: Request) -> Plan:
     facts = _facts(plain, dtype, request.quantize)
     planner = _Planner(request, found, task, dtype, place, memory, facts)
     rows, left_out = [], {}
-    for method in request.methods or all_methods():
+    wanted = request.methods or all_methods()
+    for number, method in enumerate(wanted):
+        begin(method.name, len(wanted) - number)
         try:
             rows.append(planner.row(method))
         except VeneerError as error:
