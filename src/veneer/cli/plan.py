@@ -160,8 +160,8 @@ def show_advice(advice: Advice) -> None:
     for reason in advice.reasons:
         some = ", ".join(reason.rows[:6]) + (f" and {len(reason.rows) - 6} more" if len(reason.rows) > 6 else "")
         console.print(f"  {reason.rule:<9} {reason.text}: {some or 'none'}", markup=False)
-    if advice.method is None:
-        console.print("  Try train.checkpointing=true, a smaller train.batch_size, quantize=nf4, or a smaller base.")
+    if advice.instead is not None:
+        console.print(f"  {advice.instead}", markup=False)
 
 
 def _cells(row: MethodPlan) -> tuple[str, ...]:

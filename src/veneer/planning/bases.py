@@ -40,9 +40,7 @@ class Candidate:
     catalogued: bool
 
 
-def largest(
-    request: Request, kinds: tuple[str, ...], begin: Begin = lambda name, left: None
-) -> list[Candidate]:
+def largest(request: Request, kinds: tuple[str, ...], begin: Begin = lambda name, left: None) -> list[Candidate]:
     """The largest base that fits, for each way of training; those larger than the one before only.
 
     Args:
