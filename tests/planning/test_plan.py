@@ -206,6 +206,13 @@ def test_sizes() -> None:
             parse_size(wrong)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("t4", "float16"), ("v100", "float16"), (GPU, "bfloat16")])
+def test_devices_without_bfloat16_are_planned_in_float16(tiny: str, device: str, dtype: str) -> None:
+    found = plan(Request(tiny, [method_class("ia3")()], SMALL, dtype="bfloat16", device=device))
+    assert found.base["dtype"] == dtype
+    assert [device in note for note in found.notes] == ([True] if device != GPU else [])
+
+
 def test_a_device_s_figures() -> None:
     found = machine("RTX 4090")
     assert found.memory == 24 << 30

@@ -118,6 +118,7 @@ def plain(found: Plan, advice: Advice) -> dict[str, Any]:
         "variants": request.variants,
         "methods": [asdict(row) for row in found.methods],
         "left_out": found.left_out,
+        "notes": list(found.notes),
         "recommendation": asdict(advice),
     }
 
@@ -143,7 +144,7 @@ def show(found: Plan, advice: Advice) -> None:
     console.print(table(heads, [_cells(row) for row in found.methods]))
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
-    notes = ["train, serve: peak memory; rows: the largest pass that fits, about"]
+    notes = [*found.notes, "train, serve: peak memory; rows: the largest pass that fits, about"]
     if any(row.copies for row in found.methods):
         notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]

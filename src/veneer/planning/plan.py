@@ -128,12 +128,12 @@ class MethodPlan:
         settings: its own.
         trainable: numbers it trains.
         trainable_share: of the base's parameters.
-        stored_bytes: of its tensors in a file.
+        stored_bytes: of its tensors in a file (float32, of full fine-tuning too).
         train_memory: bytes by part at the moment of a step at which most is held, and their ``total``.
         serve_memory: the same of serving it.
         flops_per_token: of the products of a training step, forward and backward.
         seconds_per_step: all passes of a step.
-        variants_bytes: of as many variants as asked for.
+        variants_bytes: of as many variants as asked for; whole copies are in the base's dtype.
         copies: whether each variant is a whole copy of the base.
         fits: whether training does, with some room left.
         largest_batch: rows of a pass that would still fit.
@@ -170,6 +170,7 @@ class Plan:
         memory: bytes there are.
         methods: the table, in the order asked for.
         left_out: methods that can't act on this base, and why.
+        notes: what was planned otherwise than asked for, and why.
     """
 
     request: Request
@@ -178,6 +179,7 @@ class Plan:
     memory: int
     methods: Sequence[MethodPlan]
     left_out: Mapping[str, str]
+    notes: Sequence[str] = ()
 
     def named(self, method: str) -> MethodPlan | None:
         """The row of a method."""
@@ -205,6 +207,10 @@ def plan(request: Request, begin: Begin = lambda name, left: None) -> Plan:
         raise ConfigError(f"{request.base} takes rows of at most {room} tokens; {request.batch.tokens} are too many.")
     dtype = _dtype(request.dtype, found)
     place = machine(request.device, dtypes=(dtype,))
+    notes = []
+    if dtype == torch.bfloat16 and "bfloat16" not in place.rates:
+        dtype = torch.float16
+        notes.append(f"{place.name} has no bfloat16 units: planned in float16; train with dtype=float16 there")
     memory = request.memory or place.memory
     facts = _facts(plain, dtype, request.quantize)
     planner = _Planner(request, found, task, dtype, place, memory, facts)
@@ -218,7 +224,7 @@ def plan(request: Request, begin: Begin = lambda name, left: None) -> Plan:
             left_out[method.name] = str(error)
     if not rows:
         raise ConfigError(f"Nothing to plan on {request.base}: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
-    return Plan(request, facts, place, memory, rows, left_out)
+    return Plan(request, facts, place, memory, rows, left_out, notes)
 
 
 def all_methods() -> list[Method]:
