@@ -29,11 +29,12 @@ import numpy as np
 import veneer
 from veneer.data import read
 from veneer.errors import VeneerError
+from veneer.evaluation.comparison import statistics
 from veneer.methods import method_class, methods
 from veneer.tasks import adapter_task
 from veneer.tasks.sequence_classification import SequenceClassification
 
-BASE, DATA = "minilm-l6", "prompt-injections"
+BASE, BASE_NAME, DATA = "minilm-l6", "MiniLM", "prompt-injections"
 ROWS, EPOCHS, BATCH, LENGTH, SEEDS = 2000, 2, 16, 64, 3
 HEAD, FULL = "head", "full"
 RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
@@ -345,18 +346,36 @@ def of_variants(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[st
 
 
 def learned(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What `veneer advise` rests on: of each method with its own defaults."""
+    """What `veneer advise` rests on: of each method with its own defaults, its score, whether it beat the head, and by
+    how much it was below each that scored higher, with the 95 % interval of the difference paired by seed and row."""
     runs = of_variants(lines)
-    head = right_answers(runs[HEAD])
+    scored = {name: scores_of(own) for name, own in runs.items() if name in methods()}
+    names = sorted(scored, key=lambda name: (-scored[name].means.mean(), name))
     rows = []
-    for name in runs.keys() & methods().keys():
-        right = right_answers(runs[name])
-        score = difference(right)
+    for place, name in enumerate(names):
+        score = difference(right_answers(runs[name]))
         found = {"accuracy": score.mean, "low": score.low, "high": score.high}
-        beats = name != HEAD and difference(right, head).low > 0
+        over_head = statistics.difference(scored[name], scored[HEAD])
+        beats = name != HEAD and over_head is not None and over_head.low > 0
+        below = {better: statistics.difference(scored[name], scored[better]) for better in names[:place]}
+        told = {better: _rounded((each.mean, each.low, each.high)) for better, each in below.items() if each}
         rows.append({"method": name, **{key: round(value, 3) for key, value in found.items()}, "beats_head": beats})
-    rows.sort(key=lambda row: (-row["accuracy"], row["method"]))
-    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
+        rows[-1]["below"] = told
+    one, seeds = runs[HEAD][0], len(runs[HEAD])
+    on = f"one task ({DATA.replace('-', ' ')}, {BASE_NAME}, {one['rows']:,} rows, {seeds} seeds)"
+    listed = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{{"on": {json.dumps(on)},\n "methods": [\n{listed}\n]}}\n'
+
+
+def scores_of(runs: Sequence[Mapping[str, Any]]) -> statistics.Scores:
+    """Right answers by seed and row."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    right = right_answers(runs)
+    return statistics.Scores(right, np.ones(right.shape[1]), [run["seed"] for run in runs])
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def page(lines: Sequence[Mapping[str, Any]]) -> str:

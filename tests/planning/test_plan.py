@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from helpers import command, tiny_llama, write_jsonl
 from veneer.bases.known import KNOWN, Known
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
-from veneer.planning import Plan, Request, plan
+from veneer.planning import Plan, Request, bases, plan
 from veneer.planning.advice import advise, learned
 from veneer.planning.bases import _largest
 from veneer.planning.machine import DEVICES, machine, parse_size
+from veneer.training.progress import size
 from veneer.training.rehearsal import Batch
 
 SMALL = Batch(rows=2, tokens=16)
@@ -134,13 +136,56 @@ def test_what_fits(tiny: str) -> None:
 
 def test_advice_names_its_rules(everything: Plan) -> None:
     given = advise(everything, rows=10_000, serving="many")
-    assert given.method == "lora"
-    assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "as-good", "default"]
+    assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "not-worse", "quickest"]
+    assert "lora scored 2.2 points below vblora (0.6 to 3.8)" in given.reasons[3].text  # so it is left out
+    assert "lora" not in given.reasons[3].rows
+    usual = advise(everything, rows=10_000)
+    assert (usual.method, usual.reasons[-1].rule) == ("lora", "default")
     kept = [set(reason.rows) for reason in given.reasons]
     assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
     assert "full" not in kept[1]
     assert "prompt" in kept[1] - kept[2]  # not measured to beat a head
-    assert advise(everything, rows=100).reasons[-1].rule == "few-rows"
+    few = advise(everything, rows=100)
+    assert few.reasons[-1].rule == "few-rows"
+    assert "given up: lora's form" in few.reasons[-1].text
+    assert few.method is not None
+    assert learned()[few.method].accuracy >= learned()["lora"].accuracy
+    assert "one task (prompt injections, MiniLM, 2,000 rows, 3 seeds)" in given.reasons[2].text
+
+
+def test_worse_is_what_was_measured_to_be_worse(everything: Plan) -> None:
+    given = advise(everything, rows=10_000)
+    (rule,) = [reason for reason in given.reasons if reason.rule == "not-worse"]
+    assert "worse than full, " in rule.text
+    assert "ia3" not in rule.rows  # -2.6 points, -3.6 to -1.7
+    assert "lora scored 2.3 points below full (-0.8 to 5.3)" in rule.text
+    for name in rule.rows:
+        assert name == "full" or learned()[name].below["full"][2] >= 0
+
+
+def test_nothing_fits(everything: Plan) -> None:
+    request = replace(everything.request, quantize="nf4", checkpointing=True)
+    none = replace(
+        everything, request=request, memory=10**6, methods=[replace(r, fits=False) for r in everything.methods]
+    )
+    given = advise(none)
+    assert [reason.rule for reason in given.reasons] == ["fits"]
+    least = min(everything.methods, key=lambda row: row.train_memory["total"])
+    assert given.instead is not None
+    assert f"Nearest is {least.method}: {size(least.train_memory['total'])}, " in given.instead
+    assert "nf4" not in given.instead
+    assert "checkpointing" not in given.instead
+    assert "smaller train.batch_size" in given.instead
+
+
+def test_what_fits_has_not_been_measured_to_learn(everything: Plan) -> None:
+    rows = [replace(row, fits=row.method in ("ptuning", "prompt")) for row in everything.methods]
+    given = advise(replace(everything, methods=rows))
+    assert given.method is None
+    assert [reason.rule for reason in given.reasons] == ["fits", "learns"]
+    assert given.instead is not None
+    assert "left (prompt, ptuning), nothing is measured to learn more" in given.instead
+    assert "quantize=nf4" in given.instead
 
 
 def test_what_was_measured_is_of_methods_there_are() -> None:
@@ -162,6 +207,13 @@ def test_sizes() -> None:
     for wrong in ("many", "-3GB", "24 GBs", "0GB"):
         with pytest.raises(ConfigError, match="no size of memory"):
             parse_size(wrong)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("t4", "float16"), ("v100", "float16"), (GPU, "bfloat16")])
+def test_devices_without_bfloat16_are_planned_in_float16(tiny: str, device: str, dtype: str) -> None:
+    found = plan(Request(tiny, [method_class("ia3")()], SMALL, dtype="bfloat16", device=device))
+    assert found.base["dtype"] == dtype
+    assert [device in note for note in found.notes] == ([True] if device != GPU else [])
 
 
 def test_a_device_s_figures() -> None:
@@ -203,6 +255,27 @@ def test_the_command(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "recommended  lora" in shown
     assert "times by public figures" in shown
+
+
+def test_planning_tells_how_far_it_is(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--methods", "lora,ia3", "--device", GPU, "--length", "16", "--json")
+    assert command("plan", "--base", tiny, *options) == 0
+    told = capsys.readouterr()
+    json.loads(told.out)
+    first, second = told.err.splitlines()
+    assert first == "planning methods 1/2: lora"
+    assert second.startswith("planning methods 2/2: ia3  (about 0:")
+
+
+def test_the_search_for_a_base_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(bases, "plan", lambda request: (_ for _ in ()).throw(ConfigError("no")))
+    with pytest.raises(ConfigError, match="No base known"):
+        bases.largest(Request("", device=GPU), ("decoder",), lambda name, left: seen.append((name, left)))
+    assert {name for name, _ in seen} <= set(KNOWN)
+    assert all(left > 0 for _, left in seen)
+    assert seen[-1][1] == 1
+    assert seen[0][1] > 2 * seen[-2][1]
 
 
 def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 
 import veneer
 from helpers import tiny_llama
+from veneer.kernels.attention import attention
+from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.methods import method_class
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tracing import Ledger, shapes_only
@@ -85,3 +89,23 @@ def test_questions_have_the_usual_answers() -> None:
         assert bool(mask.all()) is True
         assert torch.equal(mask, mask)
         assert torch.randint(9, (6,)).unique().shape == (6,)
+
+
+def _looped(short: bool) -> Ledger:
+    """The kernels that go by parts, with rows left over at the end of each loop."""
+    ledger = Ledger()
+    with shapes_only(), ledger, ledger.shortened() if short else contextlib.nullcontext():
+        states = [torch.empty(35, 8, 500, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        hidden, weight = torch.empty(1999, 16, requires_grad=True), torch.empty(32000, 16)
+        with ledger.phase("all", "workspace"):
+            attention(*states, None, causal=True, scale=0.3).sum().backward()
+            loss, _ = cross_entropy_sum(hidden, weight, None, torch.zeros(1999, dtype=torch.long))
+            loss.backward()
+    return ledger
+
+
+def test_two_rounds_tell_of_all() -> None:
+    short, whole = _looped(True), _looped(False)
+    assert Counter(short.work) == Counter(whole.work)
+    assert short.peaks == whole.peaks
+    assert len(short.moments["all"]) < len(whole.moments["all"]) / 3

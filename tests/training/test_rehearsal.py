@@ -11,8 +11,8 @@ import transformers
 
 from veneer.bases.architecture import Architecture, architecture
 from veneer.methods import method_class
-from veneer.tracing import shapes_only
-from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, task_for
+from veneer.tracing import Moment, shapes_only
+from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, deepened, task_for
 
 BATCH = Batch(rows=2, tokens=24)
 
@@ -76,6 +76,18 @@ def test_the_moment_of_the_peak_may_change_with_depth(method: str, settings: dic
     along, direct = rehearsal.step(batch, held), rehearsal._traced(layers, batch)
     assert along.memory["total"] == pytest.approx(direct.memory["total"], rel=0.01)
     assert along.memory["workspace"] == pytest.approx(direct.memory["workspace"], rel=0.01)
+
+
+@pytest.mark.parametrize(("off", "depths"), [(40, [2, 3]), (40_000, [2, 3, 4, 5, 8, 9])])
+def test_a_rounded_share_needs_no_more_layers(off: int, depths: list[int]) -> None:
+    seen = []
+
+    def traced(layers: int) -> Step:
+        seen.append(layers)
+        return Step({}, {}, {"": [Moment("", 0, {"adapter": 10**6 * layers})]})
+
+    deepened(traced, tiny(22), 22 * 10**6 + off)
+    assert seen == depths
 
 
 def test_checkpointing_holds_less_and_does_more() -> None:

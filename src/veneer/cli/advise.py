@@ -63,20 +63,22 @@ def advise_(
 
     from veneer.cli.output import console, print_json, table
     from veneer.cli.plan import plain, show
+    from veneer.cli.steps import steps
     from veneer.planning import plan
     from veneer.planning.advice import advise
-    from veneer.planning.bases import largest
+    from veneer.planning.bases import Candidate, largest
     from veneer.planning.request import SUITED, from_config
-    from veneer.training.progress import console as progress
     from veneer.training.progress import size
 
     request = from_config(arguments, device=device, memory=memory, length=length, default_base=SUITED)
     kinds = request.task.kinds if request.task is not None else ("decoder",)
-    with progress.status("planning, three minutes or so"):
-        candidates = largest(request, kinds) if request.base == SUITED else []
-        if request.base == SUITED:
-            request = replace(request, base=_catalogued(kinds))
-        found = plan(request)
+    candidates: list[Candidate] = []
+    if request.base == SUITED:
+        with steps("bases") as begin:
+            candidates = largest(request, kinds, begin)
+        request = replace(request, base=_catalogued(kinds))
+    with steps(f"methods on {request.base}") as begin:
+        found = plan(request, begin)
     advice = advise(found, rows=request.data.rows if request.data else None, serving=serve)
     if json:
         told: dict[str, Any] = {"bases": [asdict(each) for each in candidates], **plain(found, advice)}

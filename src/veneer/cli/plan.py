@@ -82,17 +82,17 @@ def plan_(
         told = " ".join([*(f"base={each}" for each in named), *([f"--base {base}"] if base is not None else [])])
         raise ConfigError(f"{told}: more than one base; a plan is of one.")
     from veneer.cli.output import print_json
+    from veneer.cli.steps import steps
     from veneer.planning import plan
     from veneer.planning.advice import advise
     from veneer.planning.request import from_config
-    from veneer.training.progress import console as progress
 
     request = from_config(
         arguments, base=base, methods=methods, device=device, memory=memory, length=length, labelled=labelled,
         variants=variants, watts=watts,
     )  # fmt: skip
-    with progress.status("planning, a second or two for each method"):
-        found = plan(request)
+    with steps("methods") as begin:
+        found = plan(request, begin)
     advice = advise(found, rows=request.data.rows if request.data else None, serving=serve)
     if json:
         print_json(plain(found, advice))
@@ -118,6 +118,7 @@ def plain(found: Plan, advice: Advice) -> dict[str, Any]:
         "variants": request.variants,
         "methods": [asdict(row) for row in found.methods],
         "left_out": found.left_out,
+        "notes": list(found.notes),
         "recommendation": asdict(advice),
     }
 
@@ -143,7 +144,7 @@ def show(found: Plan, advice: Advice) -> None:
     console.print(table(heads, [_cells(row) for row in found.methods]))
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
-    notes = ["train, serve: peak memory; rows: the largest pass that fits, about"]
+    notes = [*found.notes, "train, serve: peak memory; rows: the largest pass that fits, about"]
     if any(row.copies for row in found.methods):
         notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]
@@ -160,8 +161,8 @@ def show_advice(advice: Advice) -> None:
     for reason in advice.reasons:
         some = ", ".join(reason.rows[:6]) + (f" and {len(reason.rows) - 6} more" if len(reason.rows) > 6 else "")
         console.print(f"  {reason.rule:<9} {reason.text}: {some or 'none'}", markup=False)
-    if advice.method is None:
-        console.print("  Try train.checkpointing=true, a smaller train.batch_size, quantize=nf4, or a smaller base.")
+    if advice.instead is not None:
+        console.print(f"  {advice.instead}", markup=False)
 
 
 def _cells(row: MethodPlan) -> tuple[str, ...]:

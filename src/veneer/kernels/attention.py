@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.precision import wider
+from veneer.kernels.rounds import in_steps
 
 _ELEMENTS = 1 << 23
 """Scores that are there at a time."""
@@ -103,7 +104,7 @@ def _parts(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Ite
     rows, heads, queries, _ = query.shape
     keys = key.shape[2]
     count, block = max(_ELEMENTS // (heads * queries * keys), 1), _BLOCK if causal else queries
-    for row in range(0, rows, count):
+    for row in in_steps(rows, count):
         some = slice(row, row + count)
         for first in range(0, queries, block):
             own, seen = slice(first, first + block), slice(min(first + block, keys) if causal else keys)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.precision import wider
+from veneer.kernels.rounds import in_steps
 
 _PRODUCT = 12_500_000
 """Logits in a chunk: enough for products to run at full speed."""
@@ -63,14 +64,15 @@ class _CrossEntropySum(torch.autograd.Function):
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
         room, work = hidden.new_empty(rows, len(weight)), hidden.new_empty(few, len(weight), dtype=wide)
-        for place in range(0, len(hidden), rows):
+        for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
             logits = torch.mm(h, weight.t(), out=room[: len(h)])
             if bias is not None:
                 logits += bias
             correct += _hits(logits, t)
-            for each, own in zip(logits.split(few), t.split(few), strict=True):
-                loss += _loss(each, own, work[: len(own)], gradient=any(learned))
+            for first in in_steps(len(t), few):
+                own = t[first : first + few]
+                loss += _loss(logits[first : first + few], own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[place : place + rows])
             if d_weight is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from veneer.bases import Site, SiteMap
 from veneer.deltas import Delta, OfWeight
 from veneer.errors import TargetError
+from veneer.kernels.rounds import in_steps
 from veneer.methods.base import BaseWeights, Lowering
 from veneer.methods.targeted import Targeted
 
@@ -165,7 +166,7 @@ def _entries(sites: Sequence[Site]) -> int:
 
 
 def _tiles(flat: Tensor) -> Iterator[slice]:
-    for start in range(0, len(flat), _TILE):
+    for start in in_steps(len(flat), _TILE):
         yield slice(start, min(start + _TILE, len(flat)))
 
 

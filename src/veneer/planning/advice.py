@@ -1,23 +1,24 @@
 """Which method to take, from a plan's rows and from what methods were measured to learn; each step by a named rule.
 
 The measurements are those of `benchmarks/learning.py` (one task, MiniLM-L6, 2,000 rows, up to three seeds), kept beside
-this file. They say which methods learn at all, and which can't be told apart; they don't say what is best for a task of
-another kind.
+this file. They say which methods learn at all, and which were measured to be worse than which, by differences paired by
+seed and row; what is not told apart is not thereby equal, and nothing is said of tasks of another kind.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from veneer.adapters.facts import facts
 from veneer.methods import method_class
 from veneer.methods.registry import DEFAULT
-from veneer.planning.plan import MethodPlan, Plan
+from veneer.planning.plan import HEADROOM, MethodPlan, Plan
+from veneer.training.progress import size
 
 Serving = Literal["one", "many", "merged"]
 """One adapter at a time, many in one batch, or a whole merged model."""
@@ -27,13 +28,32 @@ FEW = 500
 
 @dataclass(frozen=True)
 class Learned:
-    """What a method was measured to learn: accuracy with its 95 % interval, and whether it beat a trained head."""
+    """What a method was measured to learn.
+
+    Attributes:
+        method: its name.
+        accuracy: mean over seeds.
+        low: end of its 95 % interval.
+        high: the other end.
+        beats_head: whether it was measured to beat a trained head alone.
+        below: method that scored higher -> difference to it, negative, and its 95 % interval, paired by seed and row.
+    """
 
     method: str
     accuracy: float
     low: float
     high: float
     beats_head: bool
+    below: Mapping[str, tuple[float, float, float]]
+
+    def worse_than(self, other: str) -> bool:
+        """Whether it was measured to be."""
+        return other in self.below and self.below[other][2] < 0
+
+    def gap(self, other: str) -> str:
+        """How far it was below, in words: points of accuracy."""
+        mean, low, high = (-100 * each for each in self.below[other])
+        return f"{self.method} scored {mean:.1f} points below {other} ({high:.1f} to {low:.1f})"
 
 
 @dataclass(frozen=True)
@@ -57,18 +77,31 @@ class Advice:
 
     Attributes:
         method: its name; None where nothing is left.
-        reasons: the rules, in the order they were used.
+        reasons: the rules, in the order they were used, up to one that left nothing.
+        instead: where nothing is recommended: why, what was left till then, and what to try.
     """
 
     method: str | None
     reasons: Sequence[Reason]
+    instead: str | None = None
 
 
 @cache
 def learned() -> dict[str, Learned]:
     """The measurements, by method."""
+    return {row["method"]: Learned(**row) for row in _measured()["methods"]}
+
+
+def measured_on() -> str:
+    """What they were measured on, in words."""
+    return str(_measured()["on"])
+
+
+@cache
+def _measured() -> dict[str, Any]:
     text = resources.files("veneer.planning").joinpath("learned.json").read_text(encoding="utf-8")
-    return {row["method"]: Learned(**row) for row in json.loads(text)}
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def advise(plan: Plan, *, rows: int | None = None, serving: Serving = "one") -> Advice:
@@ -80,42 +113,91 @@ def advise(plan: Plan, *, rows: int | None = None, serving: Serving = "one") -> 
         serving: how what comes out is to be served.
     """
     chooser = _Chooser(list(plan.methods))
-    chooser.keep("fits", "training fits into {memory} with a tenth left free", lambda row: row.fits, plan.memory)
+    memory = size(plan.memory)
+    if not chooser.keep("fits", f"training fits into {memory} with a tenth left free", lambda row: row.fits):
+        return Advice(None, chooser.reasons, _nearest(plan))
     if serving == "many":
         chooser.keep("many", "rows of one batch can each have their own", lambda row: not row.copies and _mixes(row))
     if serving == "merged":
         chooser.keep("merged", "it folds into the base's weights", lambda row: row.copies or _merges(row))
-    chooser.keep("learns", "measured to learn more than a trained head alone", lambda row: _beats(row.method))
-    best = max((learned()[row.method].low for row in chooser.left if row.method in learned()), default=0.0)
-    chooser.keep("as-good", "not measured to be worse than the best", lambda row: learned()[row.method].high >= best)
-    if rows is not None and rows < FEW and chooser.left:
-        least = min(row.trainable for row in chooser.left)
+    head = f"measured to learn more than a trained head alone, on {measured_on()}"
+    if not chooser.keep("learns", head, lambda row: _beats(row.method)):
+        last = chooser.reasons[-1]
+        kept = chooser.reasons[-2].rows
+        why = (
+            f"of what was left ({', '.join(kept)}), nothing is {last.text}"
+            if last.rule == "learns"
+            else (f"of what was left ({', '.join(kept)}), of nothing is it true that {last.text}")
+        )
+        return Advice(None, chooser.reasons, f"Nothing is recommended: {why}. {_more_room(plan)}")
+    _choose(chooser, rows)
+    return Advice(chooser.left[0].method, chooser.reasons)
+
+
+def _choose(chooser: _Chooser, rows: int | None) -> None:
+    """One of those that learn."""
+    known = learned()
+    best = max((row.method for row in chooser.left), key=lambda name: known[name].accuracy)
+    own = known[DEFAULT]
+    told = f"; {own.gap(best)}" if best in own.below and any(row.method == DEFAULT for row in chooser.left) else ""
+    chooser.keep(
+        "not-worse",
+        f"not measured to be worse than {best}, which scored highest there (paired by seed; not thereby equal{told})",
+        lambda row: not known[row.method].worse_than(best),
+    )
+    usual = any(row.method == DEFAULT for row in chooser.left)
+    if rows is not None and rows < FEW:
+        least_score = own.accuracy if usual else 0.0
+        fewest = min(row.trainable for row in chooser.left if known[row.method].accuracy >= least_score)
+        scored = f", of those that scored no lower than {DEFAULT} there" if usual else ""
+        given_up = f"; given up: {DEFAULT}'s form, which other tools and servers read" if usual else ""
         chooser.keep(
             "few-rows",
-            f"{rows:,} rows are few: the fewest numbers to train (a rule of thumb, not measured here)",
-            lambda row: row.trainable == least,
+            f"{rows:,} rows are few: the fewest numbers to train{scored} (a rule of thumb{given_up})",
+            lambda row: row.trainable == fewest and known[row.method].accuracy >= least_score,
         )
-    elif any(row.method == DEFAULT for row in chooser.left):
+    elif usual:
         chooser.keep("default", "the form that other tools and servers read, too", lambda row: row.method == DEFAULT)
-    elif chooser.left:
+    else:
         quickest = min(row.seconds_per_step for row in chooser.left)
         chooser.keep("quickest", "the shortest step", lambda row: row.seconds_per_step == quickest)
-    return Advice(chooser.left[0].method if chooser.left else None, chooser.reasons)
+
+
+def _nearest(plan: Plan) -> str:
+    """By how much the least misses, and what to try that isn't tried."""
+    least = min(plan.methods, key=lambda row: row.train_memory["total"])
+    total, usable = least.train_memory["total"], plan.memory * (1 - HEADROOM)
+    return (
+        f"Nothing fits. Nearest is {least.method}: {size(total)}, {size(total - usable)} more than the {size(usable)} "
+        f"to be used; its weights alone are {size(least.train_memory['weights'])}. {_more_room(plan)}"
+    )
+
+
+def _more_room(plan: Plan) -> str:
+    """What would take less memory."""
+    request = plan.request
+    ways = [
+        *([] if request.checkpointing else ["train.checkpointing=true"]),
+        *(["a smaller train.batch_size"] if request.batch.rows > 1 else []),
+        *([] if request.quantize == "nf4" else ["quantize=nf4"]),
+        "shorter rows",
+    ]
+    return f"Try {', '.join(ways)}, or a smaller base."
 
 
 class _Chooser:
-    """Rows that are left, and why."""
+    """Rows that are left, and why; once none are left, no rule is used any more."""
 
     def __init__(self, left: list[MethodPlan]) -> None:
         self.left = left
         self.reasons: list[Reason] = []
 
-    def keep(self, rule: str, text: str, fits: Callable[[MethodPlan], bool], memory: int = 0) -> None:
-        """Leave those out that don't fit."""
-        from veneer.training.progress import size
-
-        self.left = [row for row in self.left if fits(row)]
-        self.reasons.append(Reason(rule, text.format(memory=size(memory)), [row.method for row in self.left]))
+    def keep(self, rule: str, text: str, fits: Callable[[MethodPlan], bool]) -> bool:
+        """Leave those out that don't fit; whether any are left."""
+        if self.left or not self.reasons:
+            self.left = [row for row in self.left if fits(row)]
+            self.reasons.append(Reason(rule, text, [row.method for row in self.left]))
+        return bool(self.left)
 
 
 def _beats(method: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from veneer.bases.catalogue import CATALOGUE
 from veneer.bases.known import KNOWN, Known
@@ -11,7 +12,7 @@ from veneer.errors import ConfigError
 from veneer.methods import method_class
 from veneer.methods.registry import DEFAULT
 from veneer.planning.machine import machine
-from veneer.planning.plan import HEADROOM, MethodPlan, Request, plan
+from veneer.planning.plan import HEADROOM, Begin, MethodPlan, Request, plan
 
 WAYS: tuple[Mapping[str, object], ...] = ({}, {"checkpointing": True}, {"checkpointing": True, "quantize": "nf4"})
 """How to train, from the quickest to the most frugal."""
@@ -39,12 +40,13 @@ class Candidate:
     catalogued: bool
 
 
-def largest(request: Request, kinds: tuple[str, ...]) -> list[Candidate]:
+def largest(request: Request, kinds: tuple[str, ...], begin: Begin = lambda name, left: None) -> list[Candidate]:
     """The largest base that fits, for each way of training; those larger than the one before only.
 
     Args:
         request: but for its base and methods.
         kinds: of base that suit the task; the first is tried only.
+        begin: told each base as it begins.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -53,11 +55,13 @@ def largest(request: Request, kinds: tuple[str, ...]) -> list[Candidate]:
     method = method_class(DEFAULT)()
     rows = {row.name: row for row in KNOWN.values() if _KINDS[row.auto_class] == kinds[0]}
     found: list[Candidate] = []
-    for way in WAYS:
+    for number, way in enumerate(WAYS, 1):
+        later = (len(WAYS) - number) * len(rows).bit_length()
         wanted = replace(request, methods=[method], memory=memory, **way)  # type: ignore[arg-type]
         bits = 0.55 if wanted.quantize else 2.0  # bytes a weight at the least: those that can't fit are not tried
         fitting = [row for row in rows.values() if row.parameters * bits <= memory * (1 - HEADROOM)]
-        best = _largest(wanted, sorted(fitting, key=lambda row: row.parameters))
+        told = partial(_later, begin, later)
+        best = _largest(wanted, sorted(fitting, key=lambda row: row.parameters), told)
         if best is not None and (not found or best.parameters > found[-1].parameters):
             found.append(best)
     if not found:
@@ -67,13 +71,18 @@ def largest(request: Request, kinds: tuple[str, ...]) -> list[Candidate]:
     return found
 
 
-def _largest(request: Request, rows: list[Known]) -> Candidate | None:
+def _later(begin: Begin, later: int, name: str, left: int) -> None:
+    begin(name, left + later)
+
+
+def _largest(request: Request, rows: list[Known], begin: Begin = lambda name, left: None) -> Candidate | None:
     """By halves: what a larger base takes is taken to be more."""
     rows = list(rows)
     low, high, best = 0, len(rows), None
     while low < high:
         middle = (low + high) // 2
         known = rows[middle]
+        begin(known.name, (high - low).bit_length())
         try:
             (row,) = plan(replace(request, base=known.name)).methods
         except ConfigError:  # it can't be trained so: without checkpointing, say, or with rows as long

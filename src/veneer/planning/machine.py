@@ -94,6 +94,7 @@ class Device:
         teraflops_32: products in float32.
         bandwidth: gigabytes a second.
         watts: its board's limit.
+        bfloat16: whether it has units for that.
     """
 
     gigabytes: int
@@ -101,6 +102,7 @@ class Device:
     teraflops_32: float
     bandwidth: float
     watts: int
+    bfloat16: bool = True
 
     def machine(self, name: str) -> Machine:
         """As a machine to plan for."""
@@ -110,6 +112,7 @@ class Device:
             for dtype, peak, number in (
                 ("bfloat16", self.teraflops, 2), ("float16", self.teraflops, 2), ("float32", self.teraflops_32, 4)
             )
+            if self.bfloat16 or dtype != "bfloat16"
         }  # fmt: skip
         return Machine(name, self.gigabytes << 30, rates, LAUNCH, self.watts, measured=False)
 
@@ -122,8 +125,8 @@ DEVICES: Mapping[str, Device] = {
     "rtx-5090": Device(32, 210, 104.8, 1792, 575),
     "rtx-a6000": Device(48, 155, 38.7, 768, 300),
     "rtx-6000-ada": Device(48, 364, 91.1, 960, 300),
-    "t4": Device(16, 65, 8.1, 320, 70),
-    "v100": Device(32, 125, 15.7, 900, 300),
+    "t4": Device(16, 65, 8.1, 320, 70, bfloat16=False),
+    "v100": Device(32, 125, 15.7, 900, 300, bfloat16=False),
     "l4": Device(24, 121, 30.3, 300, 72),
     "a10": Device(24, 125, 31.2, 600, 150),
     "l40s": Device(48, 362, 91.6, 864, 350),

@@ -12,7 +12,7 @@ these weights, and one map at a time as it is dequantised.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,8 @@ GRAMS = 473.0
 """Of CO₂ a kilowatt-hour: the world's average of 2024 (Ember, Global Electricity Review 2025)."""
 HEADROOM = 0.1
 """Share of the memory left free."""
+Begin = Callable[[str, int], None]
+"""Told what begins, and how many steps are left at most, with it."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ class MethodPlan:
         settings: its own.
         trainable: numbers it trains.
         trainable_share: of the base's parameters.
-        stored_bytes: of its tensors in a file.
+        stored_bytes: of its tensors in a file (float32, of full fine-tuning too).
         train_memory: bytes by part at the moment of a step at which most is held, and their ``total``.
         serve_memory: the same of serving it.
         flops_per_token: of the products of a training step, forward and backward.
         seconds_per_step: all passes of a step.
-        variants_bytes: of as many variants as asked for.
+        variants_bytes: of as many variants as asked for; whole copies are in the base's dtype.
         copies: whether each variant is a whole copy of the base.
         fits: whether training does, with some room left.
         largest_batch: rows of a pass that would still fit.
@@ -168,6 +170,7 @@ class Plan:
         memory: bytes there are.
         methods: the table, in the order asked for.
         left_out: methods that can't act on this base, and why.
+        notes: what was planned otherwise than asked for, and why.
     """
 
     request: Request
@@ -176,14 +179,19 @@ class Plan:
     memory: int
     methods: Sequence[MethodPlan]
     left_out: Mapping[str, str]
+    notes: Sequence[str] = ()
 
     def named(self, method: str) -> MethodPlan | None:
         """The row of a method."""
         return next((row for row in self.methods if row.method == method), None)
 
 
-def plan(request: Request) -> Plan:
+def plan(request: Request, begin: Begin = lambda name, left: None) -> Plan:
     """Plan.
+
+    Args:
+        request: what for.
+        begin: told each method as it begins.
 
     Raises:
         BaseError: there is no such base.
@@ -199,18 +207,24 @@ def plan(request: Request) -> Plan:
         raise ConfigError(f"{request.base} takes rows of at most {room} tokens; {request.batch.tokens} are too many.")
     dtype = _dtype(request.dtype, found)
     place = machine(request.device, dtypes=(dtype,))
+    notes = []
+    if dtype == torch.bfloat16 and "bfloat16" not in place.rates:
+        dtype = torch.float16
+        notes.append(f"{place.name} has no bfloat16 units: planned in float16; train with dtype=float16 there")
     memory = request.memory or place.memory
     facts = _facts(plain, dtype, request.quantize)
     planner = _Planner(request, found, task, dtype, place, memory, facts)
     rows, left_out = [], {}
-    for method in request.methods or all_methods():
+    wanted = request.methods or all_methods()
+    for number, method in enumerate(wanted):
+        begin(method.name, len(wanted) - number)
         try:
             rows.append(planner.row(method))
         except VeneerError as error:
             left_out[method.name] = str(error)
     if not rows:
         raise ConfigError(f"Nothing to plan on {request.base}: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
-    return Plan(request, facts, place, memory, rows, left_out)
+    return Plan(request, facts, place, memory, rows, left_out, notes)
 
 
 def all_methods() -> list[Method]:

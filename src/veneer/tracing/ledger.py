@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from veneer.kernels.rounds import counting
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,17 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self._phase, self._kind = before
+
+    @contextlib.contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Of loops whose rounds are alike two are run, and count for all; on tensors without numbers only."""
+
+        def repeat() -> Callable[[int], None]:
+            began = len(self.work)
+            return lambda times: self.work.extend(self.work[began:] * times)
+
+        with counting(repeat):
+            yield
 
     def enter(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count tensors that are there already, or were counted as another kind."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ from veneer.tracing import Ledger, Moment, Work, shapes_only
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 """What memory is for: the base's parameters, the adapter's, their gradients and the optimiser's states; what is kept
 for the backward; scores over the vocabulary; what is there for a moment."""
+
+ROUNDED = 1e-5
+"""Share of its bytes by which a share of all entries, rounded to whole ones, may be off the line."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class Rehearsal:
         own = {id(each) for each in (*adapter.parameters(), *adapter.buffers())}
         inputs = blank(self.task, self.architecture, batch)
         ledger = Ledger(self.architecture.vocabulary)
-        with _unwatched(), ledger:
+        with _unwatched(), ledger, ledger.shortened():
             ledger.enter([each for each in base.model.parameters() if id(each) not in own], "weights")
             ledger.enter([*adapter.parameters(), *adapter.buffers()], "adapter")
             for states in optimizer.state.values():
@@ -220,7 +224,8 @@ def deepened(
     depth = 2 * period  # the first and the last may be of their own kind: one layer would be both
     while 2 * depth + period < layers:
         found = along(traced(depth), traced(depth + period), (depth, depth + period, layers))
-        if adapter_bytes in (None, round(found.phases[""].get("adapter", 0))):
+        held = found.phases[""].get("adapter", 0)
+        if adapter_bytes is None or math.isclose(held, adapter_bytes, rel_tol=ROUNDED):
             return found
         depth *= 2
     return None
@@ -312,7 +317,7 @@ def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> tup
         if architecture.kind == "encoder-decoder":
             inputs |= {"use_cache": True, "decoder_input_ids": ids[:, :1]}
         ledger = Ledger(architecture.vocabulary)
-        with _unwatched(), ledger:
+        with _unwatched(), ledger, ledger.shortened():
             ledger.enter(model.parameters(), "weights")
             with ledger.phase("forward", "activations"):
                 output = model(**inputs)
