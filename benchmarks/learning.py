@@ -347,20 +347,26 @@ def of_variants(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[st
 
 def learned(lines: Sequence[Mapping[str, Any]]) -> str:
     """What `veneer advise` rests on: of each method with its own defaults, its score, whether it beat the head, and by
-    how much it was below each that scored higher, with the 95 % interval of the difference paired by seed and row."""
+    how much it was below each that scored higher: the difference paired by seed and row, its 95 % interval, and p
+    adjusted for all the methods that are below the same one."""
     runs = of_variants(lines)
     scored = {name: scores_of(own) for name, own in runs.items() if name in methods()}
     names = sorted(scored, key=lambda name: (-scored[name].means.mean(), name))
+    below: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for place, better in enumerate(names):
+        found = {name: statistics.difference(scored[name], scored[better]) for name in names[place + 1 :]}
+        adjusted = statistics.holm({name: each.p for name, each in found.items() if each})
+        for name, each in found.items():
+            if each:
+                below[name][better] = _rounded((each.mean, each.low, each.high, adjusted[name]))
     rows = []
-    for place, name in enumerate(names):
+    for name in names:
         score = difference(right_answers(runs[name]))
-        found = {"accuracy": score.mean, "low": score.low, "high": score.high}
+        own = {"accuracy": score.mean, "low": score.low, "high": score.high}
         over_head = statistics.difference(scored[name], scored[HEAD])
         beats = name != HEAD and over_head is not None and over_head.low > 0
-        below = {better: statistics.difference(scored[name], scored[better]) for better in names[:place]}
-        told = {better: _rounded((each.mean, each.low, each.high)) for better, each in below.items() if each}
-        rows.append({"method": name, **{key: round(value, 3) for key, value in found.items()}, "beats_head": beats})
-        rows[-1]["below"] = told
+        told = {key: round(value, 3) for key, value in own.items()}
+        rows.append({"method": name, **told, "beats_head": beats, "below": below[name]})
     one, seeds = runs[HEAD][0], len(runs[HEAD])
     on = f"one task ({DATA.replace('-', ' ')}, {BASE_NAME}, {one['rows']:,} rows, {seeds} seeds)"
     listed = ",\n".join(f"  {json.dumps(row)}" for row in rows)

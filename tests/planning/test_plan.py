@@ -136,11 +136,10 @@ def test_what_fits(tiny: str) -> None:
 
 def test_advice_names_its_rules(everything: Plan) -> None:
     given = advise(everything, rows=10_000, serving="many")
-    assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "not-worse", "quickest"]
-    assert "lora scored 2.2 points below vblora (0.6 to 3.8)" in given.reasons[3].text  # so it is left out
-    assert "lora" not in given.reasons[3].rows
-    usual = advise(everything, rows=10_000)
-    assert (usual.method, usual.reasons[-1].rule) == ("lora", "default")
+    assert given.method == "lora"
+    assert [reason.rule for reason in given.reasons] == ["fits", "many", "learns", "not-worse", "default"]
+    # by itself that would be a difference; it is one of more than thirty
+    assert "lora scored 2.2 points below vblora (0.6 to 3.8; adjusted p = 0.4" in given.reasons[3].text
     kept = [set(reason.rows) for reason in given.reasons]
     assert all(later <= earlier for earlier, later in itertools.pairwise(kept))
     assert "full" not in kept[1]
@@ -158,9 +157,9 @@ def test_worse_is_what_was_measured_to_be_worse(everything: Plan) -> None:
     (rule,) = [reason for reason in given.reasons if reason.rule == "not-worse"]
     assert "worse than full, " in rule.text
     assert "ia3" not in rule.rows  # -2.6 points, -3.6 to -1.7
-    assert "lora scored 2.3 points below full (-0.8 to 5.3)" in rule.text
+    assert "lora scored 2.3 points below full (-0.8 to 5.3; adjusted p = " in rule.text
     for name in rule.rows:
-        assert name == "full" or learned()[name].below["full"][2] >= 0
+        assert name == "full" or learned()[name].below["full"][3] >= 0.05
 
 
 def test_nothing_fits(everything: Plan) -> None:

@@ -24,6 +24,8 @@ Serving = Literal["one", "many", "merged"]
 """One adapter at a time, many in one batch, or a whole merged model."""
 FEW = 500
 """Rows below which what is learned is little enough to fit into little."""
+LEVEL = 0.05
+"""Below it, a difference is taken for one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Learned:
         low: end of its 95 % interval.
         high: the other end.
         beats_head: whether it was measured to beat a trained head alone.
-        below: method that scored higher -> difference to it, negative, and its 95 % interval, paired by seed and row.
+        below: method that scored higher -> difference to it, negative, its 95 % interval, and p of there being none,
+            by Holm's procedure over all methods below the same one; paired by seed and row.
     """
 
     method: str
@@ -44,16 +47,17 @@ class Learned:
     low: float
     high: float
     beats_head: bool
-    below: Mapping[str, tuple[float, float, float]]
+    below: Mapping[str, tuple[float, float, float, float]]
 
     def worse_than(self, other: str) -> bool:
         """Whether it was measured to be."""
-        return other in self.below and self.below[other][2] < 0
+        return other in self.below and self.below[other][3] < LEVEL
 
     def gap(self, other: str) -> str:
         """How far it was below, in words: points of accuracy."""
-        mean, low, high = (-100 * each for each in self.below[other])
-        return f"{self.method} scored {mean:.1f} points below {other} ({high:.1f} to {low:.1f})"
+        mean, low, high = (-100 * each for each in self.below[other][:3])
+        p = self.below[other][3]
+        return f"{self.method} scored {mean:.1f} points below {other} ({high:.1f} to {low:.1f}; adjusted p = {p:.3f})"
 
 
 @dataclass(frozen=True)
