@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -227,6 +228,12 @@ class CausalLM(Task):
         if all(parsed(want) is not None for want, _ in pairs):
             scores["json_match"] = [float(parsed(want) == parsed(got)) for want, got in pairs]
         return scores
+
+    def commonest(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Always the commonest answer."""
+        expected = [self.expected(row) for row in rows]
+        answer = Counter(str(each) for each in expected).most_common(1)[0][0]
+        return self.score(rows, [{"output": answer}] * len(rows))
 
     def has_answer(self, row: Mapping[str, Any]) -> bool:
         """A completion, or a conversation that ends with the assistant."""

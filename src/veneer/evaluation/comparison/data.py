@@ -20,6 +20,9 @@ from veneer.training.facts import of_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MEASURED = ("loss", "accuracy", "token_accuracy")
+"""Metrics that need no answers to be generated."""
+
 
 def checked(config: CompareConfig, entries: Sequence[Entry]) -> dict[str, Any]:
     """Rows and hashes of all data, by what they are used for. Hours of training should not end in a file that can't
@@ -27,7 +30,7 @@ def checked(config: CompareConfig, entries: Sequence[Entry]) -> dict[str, Any]:
 
     Raises:
         DataError: something cannot be read, or is not for the task of an entry.
-        ConfigError: all rows to be scored on occur in the training data.
+        ConfigError: all rows to be scored on occur in the training data, or don't give the metric.
         FetchError: something cannot be had.
     """
     data = config.data
@@ -44,7 +47,8 @@ def checked(config: CompareConfig, entries: Sequence[Entry]) -> dict[str, Any]:
         rows[part] = _read(key, source, data.test_split, data)
         for task in tasks:
             _suits(key, source, task, rows[part])
-            unseen(rows[part], source, task, known(task, rows[TRAIN]), key)
+            others = unseen(rows[part], source, task, known(task, rows[TRAIN]), key)
+            _gives(config.metric, key, source, task, others)
     facts = {
         part: {**of_rows(rows[part]), "files": hash_files(source, split)} for part, (source, split) in sources.items()
     }
@@ -96,6 +100,14 @@ def _suits(key: str, source: Any, task: Task | type[Task], rows: Dataset) -> Non
     if isinstance(task, Task) and (unknown := task.unknown_labels(rows)):
         labels = ", ".join(sorted(set(unknown.values()))[:5])
         raise DataError(f"{key}: {source} has labels that the training data don't have: {labels}.")
+
+
+def _gives(metric: str | None, key: str, source: Any, task: Task | type[Task], rows: Dataset) -> None:
+    if metric is None or not isinstance(task, Task):
+        return
+    given = (*MEASURED, *task.commonest(list(rows)))
+    if metric not in given:
+        raise ConfigError(f"metric: {metric}: rows of {key}, {source}, give {', '.join(dict.fromkeys(given))}.")
 
 
 def _read(key: str, source: Any, split: str, data: DataSettings) -> Dataset:
