@@ -160,6 +160,35 @@ def test_parts_hold_every_row_once() -> None:
         assert [task for part in found for task in part["task"]] == batch["task"]
 
 
+def test_parts_are_without_padding_they_do_not_need() -> None:
+    lengths = [3, 9, 1, 10, 2]
+    mask = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()
+    batch = {"attention_mask": mask, "input_ids": torch.arange(50).view(5, 10) * mask, "vector": torch.ones(5, 10)}
+    found = parts({**batch, "task": list("abcde")}, 20, ("attention_mask", "input_ids"))
+    assert [part["task"] for part in found] == [["d"], ["b", "a"], ["e", "c"]]
+    assert [tuple(part["input_ids"].shape) for part in found] == [(1, 10), (2, 9), (2, 2)]
+    assert sum(int(part["input_ids"].sum()) for part in found) == int(batch["input_ids"].sum())
+    assert all(part["vector"].shape == (len(part["task"]), 10) for part in found)  # not by token
+
+
+def test_rows_of_uneven_length_in_parts_give_the_same_weights(tiny_folder: Path) -> None:
+    rows = [{"prompt": "say " + "more " * (7 * number % 11), "completion": "yes"} for number in range(16)]
+    states = []
+    widths: list[set[int]] = []
+    for tokens in (0, 100):
+        adapter = tiny(tiny_folder)
+        seen: set[int] = set()
+        adapter.base.model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        settings = {"validation": 0, "epochs": 1, "group_by_length": False, "pass_tokens": tokens}
+        veneer.train(adapter, rows, **settings)  # type: ignore[arg-type]
+        states.append(state(adapter))
+        widths.append(seen)
+    assert len(widths[1]) > len(widths[0])
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
 def test_training_leaves_the_base_as_it_was(tiny_folder: Path) -> None:
     base = veneer.load_base(tiny_folder, dtype="float32")
     before = {name: value.clone() for name, value in base.model.state_dict().items()}

@@ -103,6 +103,8 @@ class Task(BaseModel):
     """peft's word for it."""
     item: ClassVar[str]
     """What its loss is averaged over, in plural."""
+    by_token: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+    """What of its batches has an entry a token, and is padded at the end."""
     plain_base: ClassVar[bool]
     """Whether the base can do it at all without being trained for it."""
 

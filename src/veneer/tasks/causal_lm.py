@@ -50,6 +50,7 @@ class CausalLM(Task):
     asks_from: ClassVar[tuple[str, ...]] = ("prompt", "messages", "text")
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     item: ClassVar[str] = "tokens"
+    by_token: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "labels")
     plain_base: ClassVar[bool] = True
 
     template: Literal["chat", "plain"] = "chat"

@@ -1,7 +1,8 @@
 """A batch in parts, each of few enough tokens: the same step, in less memory.
 
 Losses are sums over a step's items divided by their number, so that the gradient of a batch is the sum of its parts'.
-What a forward keeps for its backward is that of one part.
+What a forward keeps for its backward is that of one part. Rows of like length are in a part, without the padding that
+only the longest row of the batch needed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -19,23 +21,31 @@ def count(rows: int, length: int, tokens: int) -> int:
     return math.ceil(rows / max(tokens // length, 1)) if tokens else 1
 
 
-def parts(batch: Mapping[str, Any], tokens: int) -> Sequence[Mapping[str, Any]]:
-    """The rows of a batch a few at a time, about equally many.
+def parts(batch: Mapping[str, Any], tokens: int, by_token: Sequence[str] = ()) -> Sequence[Mapping[str, Any]]:
+    """The rows of a batch a few at a time, about equally many, the longest first.
 
     Args:
         batch: tensors and lists with an entry a row; ``attention_mask`` is ``[rows, length]``.
         tokens: in a part at most, padding counted, but a whole row at least; 0 leaves the batch as it is.
+        by_token: names of tensors ``[rows, length, …]`` that are padded at the end, and cut in each part.
     """
     rows, length = batch["attention_mask"].shape
     number = count(rows, length, tokens)
     if number == 1:
         return [batch]
+    places = torch.arange(1, length + 1, device=batch["attention_mask"].device)
+    lengths = (batch["attention_mask"] * places).amax(1)
+    order = lengths.argsort(descending=True, stable=True).tolist()
     bounds = [rows * part // number for part in range(number + 1)]
-    return [
-        {name: _rows(value, slice(first, last)) for name, value in batch.items()}
-        for first, last in itertools.pairwise(bounds)
-    ]
+    found = []
+    for first, last in itertools.pairwise(bounds):
+        part = {name: _rows(value, order[first:last]) for name, value in batch.items()}
+        longest = int(lengths[order[first]])
+        found.append({name: value[:, :longest] if name in by_token else value for name, value in part.items()})
+    return found
 
 
-def _rows(value: Any, some: slice) -> Any:
-    return value[some] if isinstance(value, (Tensor, list)) else value
+def _rows(value: Any, some: Sequence[int]) -> Any:
+    if isinstance(value, list):
+        return [value[row] for row in some]
+    return value[some] if isinstance(value, Tensor) else value

@@ -141,7 +141,7 @@ class Trainer(transformers.Trainer):
         """As transformers', for each part of the batch in turn."""
         losses = [
             super(Trainer, self).training_step(model, dict(part), num_items_in_batch)
-            for part in parts(inputs, self.pass_tokens)
+            for part in parts(inputs, self.pass_tokens, self.task.by_token)
         ]
         return torch.stack(losses).sum()
 
