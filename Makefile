@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.rows
+	$(BIN)/python -m benchmarks.curves
 
 bench-cuda: $(READY)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
