@@ -55,7 +55,8 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 switches it off."""
     optimizer: str = "adamw_torch_fused"
-    """Any of transformers' optimisers."""
+    """Any of transformers' optimisers. `adamw_8bit` keeps AdamW's moments in 8 bits (bitsandbytes), `paged_adamw_8bit`
+    also moves them to main memory where a GPU has too little."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     group_by_length: bool = True
