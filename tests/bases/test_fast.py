@@ -146,6 +146,23 @@ def test_masks_that_hide_more_than_padding_at_the_ends_are_kept(kind: str, monke
     assert off.nan_to_num(0).max() < 0.03
 
 
+def test_a_mask_that_was_written_into_is_looked_at_again() -> None:
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    sdpa(nn.Module(), q, k, v, mask)
+    mask[..., 2:4, :2] = False
+    result, _ = sdpa(nn.Module(), q, k, v, mask)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    assert (result - plain.transpose(1, 2)).abs().max() < 0.03
+
+
+def test_masks_are_not_looked_at_where_torch_attends_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.bases.fast._only_pads", lambda mask: pytest.fail("looked at"))
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))  # 16-bit products alone are faster
+    sdpa(nn.Module(), q, k, v, mask)
+
+
 def test_only_where_gradients_are_computed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     base = veneer.Base(model)
     switched: list[bool] = []

@@ -92,10 +92,11 @@ def sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    padded = attention_mask is not None and query.shape[2] == key.shape[2] and _only_pads(attention_mask)
+    usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    could = usual and kernel.suits(query, key, value, None, True)
+    padded = could and attention_mask is not None and _only_pads(attention_mask)
     mask = None if padded else attention_mask
     causal = padded or (causal and mask is None and query.shape[2] > 1)
-    usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     if usual and kernel.suits(query, key, value, mask, causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return kernel.attention(query, key, value, mask, causal, scale).transpose(1, 2).contiguous(), None
@@ -105,8 +106,8 @@ def sdpa(
     return result
 
 
-_PADS: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
-"""Masks that have been looked at: all layers of a forward share one."""
+_PADS: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
+"""Masks that have been looked at, each in which version: all layers of a forward share one."""
 
 
 def _only_pads(mask: Tensor) -> bool:
@@ -118,11 +119,14 @@ def _only_pads(mask: Tensor) -> bool:
     square = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
     if mask.dtype != torch.bool or not square or type(mask) is not Tensor:  # one without numbers, while planning
         return False
-    if mask not in _PADS:
+    version = -1 if mask.is_inference() else mask._version  # whoever made it may write into it
+    seen, only = _PADS.get(mask, (-1, False))
+    if seen != version or version < 0:
         there = mask[:, :, -1:]
         ends = bool((there[..., 1:] <= there[..., :-1]).all() and there[..., 0].all())
-        _PADS[mask] = ends and torch.equal(mask, torch.ones_like(mask[:1]).tril_() & there)
-    return _PADS[mask]
+        only = ends and torch.equal(mask, torch.ones_like(mask[:1]).tril_() & there)
+        _PADS[mask] = version, only
+    return only
 
 
 def _register() -> None:
