@@ -98,6 +98,27 @@ def test_rotary_embeddings_of_another_kind_are_left_alone() -> None:
     assert got[0].shape == x.shape
 
 
+def test_a_rotary_function_that_is_no_global_is_left_alone() -> None:
+    names: dict[str, Any] = {"nn": nn}
+    exec(f"class OfSelf(nn.Module):\n    def forward(self, *args):\n        return self.{ROTARY}(*args)", names)
+    imported = f"from transformers.models.llama.modeling_llama import {ROTARY}; return {ROTARY}(*args)"
+    exec(f"class Imported(nn.Module):\n    def forward(self, *args):\n        {imported}", names)
+    assert not Fast(nn.ModuleList([names["OfSelf"](), names["Imported"]()]), []).forwards
+
+
+def test_a_rotary_function_is_called_as_its_module_calls_it() -> None:
+    def one_or_both(q: torch.Tensor, k: Any = None, cos: Any = None, sin: Any = None) -> Any:
+        turned = apply_rotary_pos_emb(q, q if k is None else k, cos, sin)
+        return turned[0] if k is None else turned
+
+    names: dict[str, Any] = {"nn": nn, ROTARY: one_or_both}
+    exec(f"class Turns(nn.Module):\n    def forward(self, x, c, s):\n        return {ROTARY}(q=x, cos=c, sin=s)", names)
+    module = names["Turns"]()
+    [(_, forward)] = Fast(nn.ModuleList([module]), []).forwards
+    x, cos, sin = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    assert torch.equal(forward(x, cos, sin), module(x, cos, sin))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_gradients_are_those_of_the_base_itself(

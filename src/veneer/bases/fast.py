@@ -164,7 +164,9 @@ def _with_rotary(kind: type[nn.Module]) -> Forward | None:
     forward: object = kind.forward
     if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
-    theirs: Forward = forward.__globals__[ROTARY]
+    theirs: Forward | None = forward.__globals__.get(ROTARY)
+    if theirs is None:  # an attribute of something, or imported inside
+        return None
     x = torch.linspace(-3, 3, 96).cos().view(1, 2, 3, 16)
     angles = torch.linspace(0, 3, 48).view(1, 3, 16)
     try:
@@ -175,10 +177,11 @@ def _with_rotary(kind: type[nn.Module]) -> Forward | None:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
-    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alike = len({(each.dtype, each.shape[-1]) for each in (query, key, cos, sin)}) == 1
-        usual = alike and cos.dim() == 3 and not (args or kwargs or cos.requires_grad)
-        return (_turned if usual else theirs)(query, key, cos, sin, *args, **kwargs)
+    def turned(*args: Any, **kwargs: Any) -> Any:
+        usual = len(args) == 4 and not kwargs and all(isinstance(each, Tensor) for each in args)
+        usual = usual and len({(each.dtype, each.shape[-1]) for each in args}) == 1
+        usual = usual and args[2].dim() == 3 and not args[2].requires_grad
+        return (_turned if usual else theirs)(*args, **kwargs)
 
     names = {**forward.__globals__, ROTARY: turned}
     own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
