@@ -94,8 +94,8 @@ def measured(point: Point, threads: int) -> dict[str, Any]:
 
 
 def products(base: Any, point: Point) -> float:
-    """Seconds of the base's own: linear maps forward, and backward as far as gradients go; the output projection both ways
-    at labelled tokens."""
+    """Seconds of the base's own: linear maps forward, and backward as far as gradients go; the output projection both
+    ways at labelled tokens."""
     import torch
 
     model, number = base.model, point.rows * point.tokens
