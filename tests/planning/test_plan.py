@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from helpers import command, tiny_llama, write_jsonl
 from veneer.bases.known import KNOWN, Known
+from veneer.cli.steps import steps
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, bases, plan
@@ -292,6 +295,14 @@ def test_planning_tells_how_far_it_is(tiny: str, capsys: pytest.CaptureFixture[s
     first, second = told.err.splitlines()
     assert first == "planning methods 1/2: lora"
     assert second.startswith("planning methods 2/2: ia3  (about 0:")
+
+
+def test_progress_on_a_terminal_takes_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr("veneer.training.progress.console", terminal)
+    with steps("methods on runs/a[/b]c") as begin:
+        begin("lora", 1)
+    assert "planning methods on runs/a[/b]c 1/1: lora" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_search_for_a_base_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
