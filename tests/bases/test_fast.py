@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -182,6 +183,15 @@ def test_masks_are_not_looked_at_where_torch_attends_anyway(monkeypatch: pytest.
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))  # 16-bit products alone are faster
     sdpa(nn.Module(), q, k, v, mask)
+
+
+def test_a_base_that_was_trained_on_can_be_pickled(model: nn.Module) -> None:
+    base = veneer.Base(model)
+    learned(base.attach(veneer.LoRA(rank=2), "a"), torch.tensor([[5, 7, 2]]))
+    base.detach("a")
+    again = pickle.loads(pickle.dumps(base))
+    recognised = [type(module).__name__ for module, _ in again._execution.fast.forwards]
+    assert "LlamaAttention" in recognised
 
 
 def test_only_where_gradients_are_computed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

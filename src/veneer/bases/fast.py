@@ -57,6 +57,9 @@ class Fast:
         """Modules that have a faster form, and that."""
         return list(_recognised(self.model))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forwards"}  # found again when wanted
+
     def on(self) -> Callable[[], None]:
         """Put the faster forms in; what to call to have the modules' own again."""
         _register()
