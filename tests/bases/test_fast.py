@@ -178,6 +178,15 @@ def test_a_mask_that_was_written_into_is_looked_at_again() -> None:
     assert (result - plain.transpose(1, 2)).abs().max() < 0.03
 
 
+def test_masks_of_keys_from_elsewhere_are_kept() -> None:
+    cross = nn.Module()
+    cross.is_causal = False  # type: ignore[assignment]
+    mask = (torch.arange(6) == 0).expand(1, 1, 6, 6)  # one token and padding, seen by six queries
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    result, _ = sdpa(cross, q, k, v, mask)
+    assert torch.equal(result, v[:, :, :1].expand(-1, -1, 6, -1).transpose(1, 2))
+
+
 def test_masks_are_not_looked_at_where_torch_attends_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("veneer.bases.fast._only_pads", lambda mask: pytest.fail("looked at"))
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()

@@ -96,7 +96,7 @@ def sdpa(
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
-    could = usual and kernel.suits(query, key, value, None, True)
+    could = usual and causal and kernel.suits(query, key, value, None, True)
     padded = could and attention_mask is not None and _only_pads(attention_mask)
     mask = None if padded else attention_mask
     causal = padded or (causal and mask is None and query.shape[2] > 1)
@@ -116,8 +116,8 @@ _PADS: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
 def _only_pads(mask: Tensor) -> bool:
     """Whether a mask hides later keys and padding at the ends of rows, no more.
 
-    Then it can be left out for a causal one: padding comes later than all that is there, and what padding itself sees
-    reaches nothing that counts.
+    Then it can be left out for a causal one, where queries and keys are of the same tokens: padding comes later than
+    all that is there, and what padding itself sees reaches nothing that counts.
     """
     square = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
     if mask.dtype != torch.bool or not square or type(mask) is not Tensor:  # one without numbers, while planning
