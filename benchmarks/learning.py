@@ -351,10 +351,12 @@ def learned(lines: Sequence[Mapping[str, Any]]) -> str:
     adjusted for all the methods that are below the same one."""
     runs = of_variants(lines)
     scored = {name: scores_of(own) for name, own in runs.items() if name in methods()}
-    names = sorted(scored, key=lambda name: (-scored[name].means.mean(), name))
+    means = {name: float(own.values.mean()) for name, own in scored.items()}  # of whole numbers: ties are exact
+    names = sorted(scored, key=lambda name: (-means[name], name))
     below: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for place, better in enumerate(names):
-        found = {name: statistics.difference(scored[name], scored[better]) for name in names[place + 1 :]}
+        lower = [name for name in names[place + 1 :] if means[name] < means[better]]
+        found = {name: statistics.difference(scored[name], scored[better]) for name in lower}
         adjusted = statistics.holm({name: each.p for name, each in found.items() if each})
         for name, each in found.items():
             if each:

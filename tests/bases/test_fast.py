@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,27 @@ def test_rotary_embeddings_of_another_kind_are_left_alone() -> None:
     assert got[0].shape == x.shape
 
 
+def test_a_rotary_function_that_is_no_global_is_left_alone() -> None:
+    names: dict[str, Any] = {"nn": nn}
+    exec(f"class OfSelf(nn.Module):\n    def forward(self, *args):\n        return self.{ROTARY}(*args)", names)
+    imported = f"from transformers.models.llama.modeling_llama import {ROTARY}; return {ROTARY}(*args)"
+    exec(f"class Imported(nn.Module):\n    def forward(self, *args):\n        {imported}", names)
+    assert not Fast(nn.ModuleList([names["OfSelf"](), names["Imported"]()]), []).forwards
+
+
+def test_a_rotary_function_is_called_as_its_module_calls_it() -> None:
+    def one_or_both(q: torch.Tensor, k: Any = None, cos: Any = None, sin: Any = None) -> Any:
+        turned = apply_rotary_pos_emb(q, q if k is None else k, cos, sin)
+        return turned[0] if k is None else turned
+
+    names: dict[str, Any] = {"nn": nn, ROTARY: one_or_both}
+    exec(f"class Turns(nn.Module):\n    def forward(self, x, c, s):\n        return {ROTARY}(q=x, cos=c, sin=s)", names)
+    module = names["Turns"]()
+    [(_, forward)] = Fast(nn.ModuleList([module]), []).forwards
+    x, cos, sin = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    assert torch.equal(forward(x, cos, sin), module(x, cos, sin))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_gradients_are_those_of_the_base_itself(
@@ -144,6 +166,41 @@ def test_masks_that_hide_more_than_padding_at_the_ends_are_kept(kind: str, monke
     if kind == "ends":
         off[1, 4:] = 0  # what padding sees
     assert off.nan_to_num(0).max() < 0.03
+
+
+def test_a_mask_that_was_written_into_is_looked_at_again() -> None:
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    sdpa(nn.Module(), q, k, v, mask)
+    mask[..., 2:4, :2] = False
+    result, _ = sdpa(nn.Module(), q, k, v, mask)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    assert (result - plain.transpose(1, 2)).abs().max() < 0.03
+
+
+def test_masks_of_keys_from_elsewhere_are_kept() -> None:
+    cross = nn.Module()
+    cross.is_causal = False  # type: ignore[assignment]
+    mask = (torch.arange(6) == 0).expand(1, 1, 6, 6)  # one token and padding, seen by six queries
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    result, _ = sdpa(cross, q, k, v, mask)
+    assert torch.equal(result, v[:, :, :1].expand(-1, -1, 6, -1).transpose(1, 2))
+
+
+def test_masks_are_not_looked_at_where_torch_attends_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.bases.fast._only_pads", lambda mask: pytest.fail("looked at"))
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))  # 16-bit products alone are faster
+    sdpa(nn.Module(), q, k, v, mask)
+
+
+def test_a_base_that_was_trained_on_can_be_pickled(model: nn.Module) -> None:
+    base = veneer.Base(model)
+    learned(base.attach(veneer.LoRA(rank=2), "a"), torch.tensor([[5, 7, 2]]))
+    base.detach("a")
+    again = pickle.loads(pickle.dumps(base))
+    recognised = [type(module).__name__ for module, _ in again._execution.fast.forwards]
+    assert "LlamaAttention" in recognised
 
 
 def test_only_where_gradients_are_computed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

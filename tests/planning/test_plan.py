@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from helpers import command, tiny_llama, write_jsonl
 from veneer.bases.known import KNOWN, Known
+from veneer.cli.steps import steps
 from veneer.errors import ConfigError, UnknownName
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, bases, plan
@@ -148,8 +151,36 @@ def test_advice_names_its_rules(everything: Plan) -> None:
     assert few.reasons[-1].rule == "few-rows"
     assert "given up: lora's form" in few.reasons[-1].text
     assert few.method is not None
-    assert learned()[few.method].accuracy >= learned()["lora"].accuracy
+    assert "lora" not in learned()[few.method].below
     assert "one task (prompt injections, MiniLM, 2,000 rows, 3 seeds)" in given.reasons[2].text
+
+
+def test_few_rows_give_up_nothing_where_lora_has_the_fewest_numbers(everything: Plan) -> None:
+    rows = [row for row in everything.methods if row.method in ("loha", "lora", "full")]
+    few = advise(replace(everything, methods=rows), rows=100)
+    assert few.method == "lora"
+    assert few.reasons[-1].text.endswith("(a rule of thumb)")
+
+
+def test_what_scored_highest_is_told_by_unrounded_scores(everything: Plan) -> None:
+    rows = [row for row in everything.methods if row.method in ("norm", "compacter")]
+    assert learned()["norm"].accuracy == learned()["compacter"].accuracy
+    for each in (rows, rows[::-1]):
+        given = advise(replace(everything, methods=each))
+        assert "worse than compacter, " in given.reasons[2].text
+
+
+def test_what_scored_the_same_is_not_below() -> None:
+    assert learned()["lora"].below.keys().isdisjoint({"compacter"})  # to the answer
+    assert not [name for name, row in learned().items() for mean, *_ in row.below.values() if mean > 0]
+
+
+def test_more_room_is_not_advised_where_everything_fits(everything: Plan) -> None:
+    rows = [replace(row, fits=True) for row in everything.methods if row.method in ("ptuning", "prompt")]
+    given = advise(replace(everything, methods=rows))
+    assert given.instead is not None
+    assert given.instead.endswith("Plan other methods, or another base.")
+    assert "batch_size" not in given.instead
 
 
 def test_worse_is_what_was_measured_to_be_worse(everything: Plan) -> None:
@@ -264,6 +295,14 @@ def test_planning_tells_how_far_it_is(tiny: str, capsys: pytest.CaptureFixture[s
     first, second = told.err.splitlines()
     assert first == "planning methods 1/2: lora"
     assert second.startswith("planning methods 2/2: ia3  (about 0:")
+
+
+def test_progress_on_a_terminal_takes_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr("veneer.training.progress.console", terminal)
+    with steps("methods on runs/a[/b]c") as begin:
+        begin("lora", 1)
+    assert "planning methods on runs/a[/b]c 1/1: lora" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_search_for_a_base_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

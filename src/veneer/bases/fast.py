@@ -57,6 +57,9 @@ class Fast:
         """Modules that have a faster form, and that."""
         return list(_recognised(self.model))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "forwards"}  # found again when wanted
+
     def on(self) -> Callable[[], None]:
         """Put the faster forms in; what to call to have the modules' own again."""
         _register()
@@ -92,10 +95,11 @@ def sdpa(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    padded = attention_mask is not None and query.shape[2] == key.shape[2] and _only_pads(attention_mask)
+    usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    could = usual and causal and kernel.suits(query, key, value, None, True)
+    padded = could and attention_mask is not None and _only_pads(attention_mask)
     mask = None if padded else attention_mask
     causal = padded or (causal and mask is None and query.shape[2] > 1)
-    usual = dropout == 0 and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     if usual and kernel.suits(query, key, value, mask, causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return kernel.attention(query, key, value, mask, causal, scale).transpose(1, 2).contiguous(), None
@@ -105,24 +109,27 @@ def sdpa(
     return result
 
 
-_PADS: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
-"""Masks that have been looked at: all layers of a forward share one."""
+_PADS: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
+"""Masks that have been looked at, each in which version: all layers of a forward share one."""
 
 
 def _only_pads(mask: Tensor) -> bool:
     """Whether a mask hides later keys and padding at the ends of rows, no more.
 
-    Then it can be left out for a causal one: padding comes later than all that is there, and what padding itself sees
-    reaches nothing that counts.
+    Then it can be left out for a causal one, where queries and keys are of the same tokens: padding comes later than
+    all that is there, and what padding itself sees reaches nothing that counts.
     """
     square = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
     if mask.dtype != torch.bool or not square or type(mask) is not Tensor:  # one without numbers, while planning
         return False
-    if mask not in _PADS:
+    version = -1 if mask.is_inference() else mask._version  # whoever made it may write into it
+    seen, only = _PADS.get(mask, (-1, False))
+    if seen != version or version < 0:
         there = mask[:, :, -1:]
         ends = bool((there[..., 1:] <= there[..., :-1]).all() and there[..., 0].all())
-        _PADS[mask] = ends and torch.equal(mask, torch.ones_like(mask[:1]).tril_() & there)
-    return _PADS[mask]
+        only = ends and torch.equal(mask, torch.ones_like(mask[:1]).tril_() & there)
+        _PADS[mask] = version, only
+    return only
 
 
 def _register() -> None:
@@ -160,7 +167,9 @@ def _with_rotary(kind: type[nn.Module]) -> Forward | None:
     forward: object = kind.forward
     if not isinstance(forward, types.FunctionType) or ROTARY not in forward.__code__.co_names:
         return None
-    theirs: Forward = forward.__globals__[ROTARY]
+    theirs: Forward | None = forward.__globals__.get(ROTARY)
+    if theirs is None:  # an attribute of something, or imported inside
+        return None
     x = torch.linspace(-3, 3, 96).cos().view(1, 2, 3, 16)
     angles = torch.linspace(0, 3, 48).view(1, 3, 16)
     try:
@@ -171,10 +180,11 @@ def _with_rotary(kind: type[nn.Module]) -> Forward | None:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
-    def turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alike = len({(each.dtype, each.shape[-1]) for each in (query, key, cos, sin)}) == 1
-        usual = alike and cos.dim() == 3 and not (args or kwargs or cos.requires_grad)
-        return (_turned if usual else theirs)(query, key, cos, sin, *args, **kwargs)
+    def turned(*args: Any, **kwargs: Any) -> Any:
+        usual = len(args) == 4 and not kwargs and all(isinstance(each, Tensor) for each in args)
+        usual = usual and len({(each.dtype, each.shape[-1]) for each in args}) == 1
+        usual = usual and args[2].dim() == 3 and not args[2].requires_grad
+        return (_turned if usual else theirs)(*args, **kwargs)
 
     names = {**forward.__globals__, ROTARY: turned}
     own = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)

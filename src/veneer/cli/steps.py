@@ -16,6 +16,8 @@ def steps(of: str) -> Iterator[Begin]:
     Args:
         of: what is gone through, such as ``methods``.
     """
+    from rich.text import Text
+
     from veneer.training.progress import console, duration
 
     done, started = 0, time.perf_counter()
@@ -29,7 +31,7 @@ def steps(of: str) -> Iterator[Begin]:
         if status is None:
             console.print(told, markup=False)
         else:
-            status.update(told)
+            status.update(Text(told))
 
     with status or contextlib.nullcontext():
         yield begin

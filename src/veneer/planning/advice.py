@@ -92,7 +92,7 @@ class Advice:
 
 @cache
 def learned() -> dict[str, Learned]:
-    """The measurements, by method."""
+    """The measurements, by method, the highest score first."""
     return {row["method"]: Learned(**row) for row in _measured()["methods"]}
 
 
@@ -133,6 +133,8 @@ def advise(plan: Plan, *, rows: int | None = None, serving: Serving = "one") -> 
             if last.rule == "learns"
             else (f"of what was left ({', '.join(kept)}), of nothing is it true that {last.text}")
         )
+        if all(row.fits for row in plan.methods):  # more memory would change nothing
+            return Advice(None, chooser.reasons, f"Nothing is recommended: {why}. Plan other methods, or another base.")
         return Advice(None, chooser.reasons, f"Nothing is recommended: {why}. {_more_room(plan)}")
     _choose(chooser, rows)
     return Advice(chooser.left[0].method, chooser.reasons)
@@ -141,9 +143,10 @@ def advise(plan: Plan, *, rows: int | None = None, serving: Serving = "one") -> 
 def _choose(chooser: _Chooser, rows: int | None) -> None:
     """One of those that learn."""
     known = learned()
-    best = max((row.method for row in chooser.left), key=lambda name: known[name].accuracy)
+    left = {row.method for row in chooser.left}
+    best = next(name for name in known if name in left)  # by unrounded accuracy
     own = known[DEFAULT]
-    told = f"; {own.gap(best)}" if best in own.below and any(row.method == DEFAULT for row in chooser.left) else ""
+    told = f"; {own.gap(best)}" if best in own.below and DEFAULT in left else ""
     chooser.keep(
         "not-worse",
         f"not measured to be worse than {best}, which scored highest there (paired by seed; not thereby equal{told})",
@@ -151,14 +154,17 @@ def _choose(chooser: _Chooser, rows: int | None) -> None:
     )
     usual = any(row.method == DEFAULT for row in chooser.left)
     if rows is not None and rows < FEW:
-        least_score = own.accuracy if usual else 0.0
-        fewest = min(row.trainable for row in chooser.left if known[row.method].accuracy >= least_score)
+        enough = [row for row in chooser.left if not (usual and DEFAULT in known[row.method].below)]
+        fewest = min(row.trainable for row in enough)
         scored = f", of those that scored no lower than {DEFAULT} there" if usual else ""
-        given_up = f"; given up: {DEFAULT}'s form, which other tools and servers read" if usual else ""
+        kept = [row.method for row in enough if row.trainable == fewest]
+        kept = [DEFAULT] if usual and DEFAULT in kept else kept
+        given_up = f"; given up: {DEFAULT}'s form, which other tools and servers read"
+        given_up = given_up if usual and kept != [DEFAULT] else ""
         chooser.keep(
             "few-rows",
             f"{rows:,} rows are few: the fewest numbers to train{scored} (a rule of thumb{given_up})",
-            lambda row: row.trainable == fewest and known[row.method].accuracy >= least_score,
+            lambda row: row.method in kept,
         )
     elif usual:
         chooser.keep("default", "the form that other tools and servers read, too", lambda row: row.method == DEFAULT)
