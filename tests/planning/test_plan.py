@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from helpers import command, tiny_llama, write_jsonl
@@ -19,7 +20,8 @@ from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, bases, plan
 from veneer.planning.advice import advise, learned
 from veneer.planning.bases import _largest
-from veneer.planning.machine import DEVICES, machine, parse_size
+from veneer.planning.machine import DEVICES, Machine, Rates, machine, parse_size
+from veneer.tracing import Work
 from veneer.training.progress import size
 from veneer.training.rehearsal import Batch
 
@@ -244,6 +246,15 @@ def test_devices_without_bfloat16_are_planned_in_float16(tiny: str, device: str,
     found = plan(Request(tiny, [method_class("ia3")()], SMALL, dtype="bfloat16", device=device))
     assert found.base["dtype"] == dtype
     assert [device in note for note in found.notes] == ([True] if device != GPU else [])
+
+
+def test_random_numbers_cost_their_own() -> None:
+    rates = Rates(flops=1e12, streamed=1e10, light=1e-10, heavy=2e-10, drawn=5e-9)
+    place = Machine("a", 0, {"float32": rates}, 0.0, None, measured=True)
+    names = {"bernoulli_": 5.0, "native_dropout": 5.0, "rand_like": 5.0, "gelu": 0.2, "mul": 0.1, "rsqrt": 0.2}
+    for name, nanoseconds in names.items():
+        assert place.seconds({Work(name, 0, 8, 10, torch.float32): 2}) == pytest.approx(20e-9 * nanoseconds)
+    assert machine(None, dtypes=(torch.float32,)).rates["float32"].drawn > 0
 
 
 def test_a_device_s_figures() -> None:

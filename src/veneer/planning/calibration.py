@@ -27,6 +27,7 @@ _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576,
 """[n, in] × [in, out], as a step has them: whole maps, thin factors, a vocabulary's chunk."""
 _NUMBERS = 1024 * 768
 _ROUNDS = 7
+_MANY = 100
 _CACHES = 64 << 20
 """Bytes that drive everything else out of a processor's caches."""
 
@@ -61,7 +62,7 @@ def _read(path: Path) -> tuple[float, dict[str, Rates]]:
 def _overhead() -> float:
     """Of an operation on a few numbers, with what autograd notes of it."""
     few = torch.ones(8, requires_grad=True)
-    return _timed(lambda: few * few)
+    return _timed(lambda: [few * few for _ in range(_MANY)]) / _MANY
 
 
 def _name() -> str:
@@ -79,8 +80,9 @@ def _rates(dtype: torch.dtype) -> Rates:
         a, b = torch.randn(_NUMBERS).to(dtype), torch.randn(_NUMBERS).to(dtype)
         light = _timed(lambda: a * b) / _NUMBERS
         heavy = _timed(lambda: torch.nn.functional.silu(a)) / _NUMBERS
+        drawn = _timed(lambda: torch.empty_like(a).bernoulli_(0.9)) / _NUMBERS
     flops, streamed = _fitted(np.array(rows, float), np.array(seconds))
-    return Rates(flops, streamed, light, max(heavy, light))
+    return Rates(flops, streamed, light, max(heavy, light), drawn)
 
 
 def _fitted(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:

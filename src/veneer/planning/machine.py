@@ -28,9 +28,8 @@ LAUNCH = 4e-6
 """Seconds a GPU's operation takes at least."""
 HERE = (None, "here", "cpu")
 """Names of this machine."""
-_HEAVY = re.compile(
-    r"exp|log|silu|gelu|tanh|sigmoid|softmax|pow|rsqrt|sqrt|layer_norm|dropout|bernoulli|cos|sin|erf|sort|topk|norm"
-)
+_HEAVY = re.compile(r"exp|log|silu|gelu|tanh|sigmoid|softmax|pow|rsqrt|sqrt|layer_norm|cos|sin|erf|sort|topk|norm")
+_DRAWN = re.compile(r"dropout|bernoulli|rand|uniform_|normal_|exponential_")
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class Rates:
         streamed: bytes per second that products read and write.
         light: seconds a number in sums, products of numbers, copies.
         heavy: the same in functions such as exp.
+        drawn: seconds a random number, as dropout draws for each it sees; far more than `heavy` on processors.
     """
 
     flops: float
     streamed: float
     light: float
     heavy: float
+    drawn: float
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Machine:
         rates = self.rates.get(str(work.dtype).removeprefix("torch."), self.rates["float32"])
         if work.flops:
             return self.overhead + work.flops / rates.flops + work.nbytes / rates.streamed
-        cost = rates.heavy if _HEAVY.search(work.name) else rates.light
-        return self.overhead + work.numbers * cost
+        if _DRAWN.search(work.name):
+            return self.overhead + work.numbers * rates.drawn
+        return self.overhead + work.numbers * (rates.heavy if _HEAVY.search(work.name) else rates.light)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Device:
         """As a machine to plan for."""
         streamed = self.bandwidth * 1e9 * STREAMED
         rates = {
-            dtype: Rates(peak * 1e12 * REACHED, streamed, 2.5 * number / streamed, 2.5 * number / streamed)
+            dtype: Rates(peak * 1e12 * REACHED, streamed, *3 * [2.5 * number / streamed])
             for dtype, peak, number in (
                 ("bfloat16", self.teraflops, 2), ("float16", self.teraflops, 2), ("float32", self.teraflops_32, 4)
             )
