@@ -67,9 +67,9 @@ def measured(point: Point, threads: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     base = loaded(Variant("veneer", "lora", "bfloat16", "half"))
     lora = method_class("lora")(rank=point.rank, layers=f"-{point.layers}:")
+    before = held(base.device)
     adapters = [base.attach(lora, f"a{number}", seed=0) for number in range(point.idle)]
     adapters[0].train()
-    before = held(base.device)
     task, optimizer = CausalLM(), torch.optim.AdamW(adapters[0].parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, 49152, (point.rows, point.tokens), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(point.tokens) < point.tokens // 2, -100, ids)
@@ -123,8 +123,8 @@ def plots(rows: list[dict[str, Any]], folder: Path) -> None:
     from veneer.evaluation.comparison.charts import lines
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, words in WORDS.items():
-        own = [row for row in rows if row["varied"] == name]
+    for name in dict.fromkeys(row["varied"] for row in rows):
+        words, own = WORDS[name], [row for row in rows if row["varied"] == name]
         series = [
             (label, kind, [Mark(row[name], row[key], label, kind) for row in own])
             for label, kind, key in (("a step", "best", "seconds"), ("the base's products alone", "base", "products"))
