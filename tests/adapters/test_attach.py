@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,14 +49,14 @@ def test_a_frozen_linear_map_and_its_change_are_one_computation(
 ) -> None:
     def shapes() -> list[tuple[int, ...]]:
         seen: list[tuple[int, ...]] = []
-        usual = low_rank.low_rank_linear
+        usual = low_rank.low_rank_linears
 
-        def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-            seen.append(tuple(weight.shape))
-            return usual(x, weight, *rest)
+        def noted(x: torch.Tensor, weights: Sequence[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
+            seen.extend(tuple(weight.shape) for weight in weights)
+            return usual(x, weights, *rest)
 
         with monkeypatch.context() as patched:
-            patched.setattr(low_rank, "low_rank_linear", noted)
+            patched.setattr(low_rank, "low_rank_linears", noted)
             adapter(input_ids=IDS)
         return seen
 

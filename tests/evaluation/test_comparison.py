@@ -613,6 +613,17 @@ def test_the_smallest_size_that_is_good_enough() -> None:
     assert found_of().ladders == []
 
 
+def test_entries_that_differ_in_something_else_are_no_sizes() -> None:
+    """Three of one rank say nothing about ranks, nor do three ranks of which one learned in another way."""
+    rates = ", ".join(f"{{label: rate {n}, method: lora, train: {{learning_rate: {n}.0e-3}}}}" for n in (1, 2, 3))
+    quality = QUALITY | {f"rate {n}": 0.8 for n in (1, 2, 3)}
+    assert found_of(f"entries=[{rates}]", quality=quality).ladders == []
+    ranks = [f"{{name: lora, rank: {rank}}}" for rank in (1, 2)]
+    taught = "{label: taught, method: {name: lora, rank: 4}, distill: {teacher: base, weight: 0.3}}"
+    quality = QUALITY | {"lora, rank 1": 0.7, "lora, rank 2": 0.8, "taught": 0.9}
+    assert found_of(f"entries=[{', '.join(ranks)}, {taught}]", quality=quality).ladders == []
+
+
 # What is shown
 
 

@@ -14,7 +14,7 @@ from veneer.kernels import cross_entropy
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
-from veneer.kernels.low_rank import add_low_rank, low_rank_linear
+from veneer.kernels.low_rank import add_low_rank, low_rank_linears
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -191,18 +191,31 @@ def test_low_rank_gives_each_its_gradient_alone(which: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_low_rank_with_its_map(biased: bool) -> None:
-    x, a, b = numbers(2, 7, 12), numbers(3, 12, seed=2), numbers(10, 3, seed=3)
-    weight, bias = numbers(10, 12, seed=4).detach(), numbers(10, seed=5).detach() if biased else None
-    compared(
-        lambda x, a, b: low_rank_linear(x, weight, bias, a, b, 1.7),
-        lambda x, a, b: F.linear(x, weight, bias) + 1.7 * (x @ a.t()) @ b.t(),
-        x, a, b,
-    )  # fmt: skip
-    learned = low_rank_linear(x.detach(), weight, bias, a, b.detach(), 1.7)
-    (alone,) = torch.autograd.grad(learned.sum(), a)
-    (whole,) = torch.autograd.grad(low_rank_linear(x, weight, bias, a, b, 1.7).sum(), a)
-    assert torch.equal(alone, whole)
+@pytest.mark.parametrize("outs", [(10,), (10, 6, 4)])
+def test_low_rank_with_its_maps(biased: bool, outs: tuple[int, ...]) -> None:
+    """Ranks and scales of their own; each gets its gradient also where nothing else does, or an output is not used."""
+    n, scales = len(outs), [1.7, 1.0, 0.5][: len(outs)]
+    x = numbers(2, 7, 12)
+    a = [numbers(3 + i, 12, seed=i + 1) for i in range(n)]
+    b = [numbers(out, 3 + i, seed=i + 5) for i, out in enumerate(outs)]
+    weights = [numbers(out, 12, seed=out).detach() for out in outs]
+    biases = [numbers(out, seed=out + 1).detach() if biased else None for out in outs]
+
+    def ours(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        return low_rank_linears(x, weights, biases, factors[:n], factors[n:], scales)
+
+    def plain(x: Tensor, *factors: Tensor) -> list[Tensor]:
+        maps = zip(weights, biases, factors[:n], factors[n:], scales, strict=True)
+        return [F.linear(x, weight, bias) + scale * (x @ a.t()) @ b.t() for weight, bias, a, b, scale in maps]
+
+    compared(lambda *given: torch.cat(ours(*given), -1), lambda *given: torch.cat(plain(*given), -1), x, *a, *b)
+    last = [lambda x, own, out, of=of: of(x, *a[:-1], own, *b[:-1], out)[-1] for of in (ours, plain)]
+    compared(*last, x, a[-1], b[-1])
+    whole = torch.autograd.grad(sum(each.square().sum() for each in ours(x, *a, *b)), [x, *a, *b])
+    for place, expected in enumerate(whole):
+        alone = [each.detach().requires_grad_(at == place) for at, each in enumerate([x, *a, *b])]
+        (found,) = torch.autograd.grad(sum(each.square().sum() for each in ours(*alone)), alone[place])
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -241,7 +254,10 @@ def test_what_is_kept_for_the_backward() -> None:
     a, b, y = (numbers(*shape, dtype=torch.bfloat16) for shape in ((4, 256), (32, 4), (64, 32)))
     assert kept(lambda: add_low_rank(x, y, a, b, 1.0)) == x.nbytes + a.nbytes + b.nbytes + 64 * 4 * 2
     weight, out = torch.randn(64, 256, dtype=torch.bfloat16), numbers(64, 4, dtype=torch.bfloat16)
-    assert kept(lambda: low_rank_linear(x, weight, None, a, out, 1.0)) == x.nbytes + a.nbytes + 2 * 64 * 4 * 2
+    assert (
+        kept(lambda: low_rank_linears(x, [weight], [None], [a], [out], [1.0])[0])
+        == x.nbytes + a.nbytes + 2 * 64 * 4 * 2
+    )
     vocabulary = torch.randn(5000, 256, dtype=torch.bfloat16)
     targets = torch.zeros(64, dtype=torch.int64)
     assert kept(lambda: cross_entropy_sum(x, vocabulary, None, targets)[0]) == x.nbytes

@@ -342,7 +342,7 @@ class Base(Pretrained):
             module = self.model.get_submodule(path)
             hooks: list[Any] = [self._attention_hooks(path, module)] if path in attention else []
             if not hooks or next(module.parameters(recurse=False), None) is not None:
-                hooks.append(SiteHooks(path, self._execution))
+                hooks.append(SiteHooks(path, self._execution, self.sites.input_of(path)))
             self._handles[path] = [handle for each in hooks for handle in each.install(module)]
 
     def _attention_hooks(self, path: str, module: nn.Module) -> Any:

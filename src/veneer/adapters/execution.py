@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import prefixes
+from veneer.adapters.linears import Siblings
 from veneer.adapters.memory import Memory, carried, carry
 from veneer.adapters.plan import Plan
 from veneer.adapters.whole import Out, Whole
@@ -47,6 +48,8 @@ class Execution:
     """The modules that transformers may checkpoint."""
     fast: Fast | None = None
     """Faster forms of what the base computes, for when gradients are."""
+    siblings: dict[str, Siblings] = field(default_factory=dict)
+    """Linear maps that get the same input, by its name."""
     generating: int = 0
     flow: Flow = field(default_factory=Flow)
     """The forward that goes on; outside of one, what is known where modules are called by themselves."""
@@ -92,6 +95,7 @@ class Execution:
             if self._off is not None:
                 self._off()
                 self._off = None
+                self._forget()
             self._plan, self.flow = None, Flow()
             prefixes.switch_off(self._attention)
             self._attention = []
@@ -154,8 +158,13 @@ class Execution:
             Whole.swap_out(out)
             if off is not None:
                 off()
+                self._forget()
             prefixes.switch_off(switched)
             self.flow = before
+
+    def _forget(self) -> None:
+        for siblings in self.siblings.values():
+            siblings.forget()
 
     def _adopt_checkpoints(self) -> None:
         """Give checkpointing that somebody switched on in the model itself our contexts, without which a prefix would

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.execution import Execution
+from veneer.adapters.linears import Siblings
 from veneer.bases.quantized import runs_on_others
 from veneer.bases.weights import parameters_of, stored
 from veneer.deltas import Delta, Rows
@@ -27,11 +28,18 @@ class _Call:
 
 
 class SiteHooks:
-    """The pair of hooks of one module."""
+    """The pair of hooks of one module.
 
-    def __init__(self, path: str, execution: Execution) -> None:
+    Args:
+        path: of the module.
+        execution: what acts now.
+        input: a name for the module's input, the same for all that get the same.
+    """
+
+    def __init__(self, path: str, execution: Execution, input: str) -> None:
         self.path = path
         self.execution = execution
+        self.siblings = execution.siblings.setdefault(input, Siblings())
         self._calls: list[_Call] = []
 
     def install(self, module: nn.Module) -> list[Any]:
@@ -42,7 +50,8 @@ class SiteHooks:
         ]
         if type(module) is nn.Linear and self.execution.fast is not None:
             self.execution.fast.linears[module] = functools.partial(self.forward, module)
-            handles.append(_Forward(self.execution.fast.linears, module))
+            self.siblings.modules[self.path] = module
+            handles += [_Entry(self.execution.fast.linears, module), _Entry(self.siblings.modules, self.path)]
         return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -60,9 +69,8 @@ class SiteHooks:
 
     def forward(self, module: nn.Linear, x: Tensor) -> Tensor:
         """A linear map's own forward, or all of it and the delta at once."""
-        hooked = self._calls and torch.is_grad_enabled() and _is_frozen(module, x)
-        delta = self.execution.plan.modules.get(self.path) if hooked else None
-        y = None if delta is None else delta.linear(x, module.weight, module.bias)
+        own = self._calls and self._calls[-1].x is x  # somebody's hook may have given it another
+        y = self.siblings.output(self.path, x, self.execution.plan) if own and torch.is_grad_enabled() else None
         if y is None:
             return nn.Linear.forward(module, x)
         self._calls[-1].at_once = True
@@ -83,21 +91,15 @@ class SiteHooks:
 
 
 @dataclass(frozen=True)
-class _Forward:
-    """A module's place among those that have a faster form in training."""
+class _Entry:
+    """A handle of what is kept in a table."""
 
-    forwards: dict[nn.Module, Any]
-    module: nn.Module
+    table: dict[Any, Any]
+    key: Any
 
     def remove(self) -> None:
-        """It has none any more."""
-        self.forwards.pop(self.module, None)
-
-
-def _is_frozen(module: nn.Linear, x: Tensor) -> bool:
-    own = [each for each in (module.weight, module.bias) if each is not None]
-    alike = x.dtype == module.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    return alike and not any(each.requires_grad for each in own)
+        """It is not kept any more."""
+        self.table.pop(self.key, None)
 
 
 def _swap(module: nn.Module, delta: Delta, own: dict[str, Tensor | None]) -> None:

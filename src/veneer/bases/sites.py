@@ -199,6 +199,15 @@ class SiteMap(Sequence[Site]):
         """Whether it lies in a decoder's attention to the encoder."""
         return is_cross_attention(path)
 
+    def input_of(self, path: str) -> str:
+        """A name for the input of a module, the same for linear maps that get the very same: queries, keys and values
+        of tokens attending to each other, keys and values of what a decoder attends to, gate and value of a layer."""
+        site = self._by_path.get(path)
+        shared = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gated", "up": "gated"}
+        if site is None or site.role not in shared or (site.role == "q" and is_cross_attention(path)):
+            return path
+        return f"{path.rpartition('.')[0]}:{shared[site.role]}"
+
     def in_decoder(self, path: str) -> bool:
         """Whether it lies in the decoder of an encoder-decoder."""
         return self._part(path) in ("decoder", "cross")

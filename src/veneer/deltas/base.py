@@ -23,7 +23,7 @@ class Delta:
     - `effective` lets the module run on other parameters,
     - `apply` changes the output, given also the input as it was before `before`.
 
-    In training it may do all of it at once where the module is a plain linear map (`linear`).
+    In training it may do all of it at once where the module is a plain linear map (`linears`).
 
     Weights are ``[out, in]`` here whatever way round the module stores them.
     """
@@ -40,16 +40,20 @@ class Delta:
         """The module's new output, given its input ``x`` ``[..., in]`` and its own output ``y`` ``[..., out]``."""
         return y
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """What a linear map and this delta give together, where their backwards are cheaper as one.
+    @classmethod
+    def linears(
+        cls, deltas: Sequence[Self], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Sequence[Tensor] | None:
+        """What linear maps of one input and their deltas give, where their backwards are cheaper as one.
 
         Args:
+            deltas: one for each map, all of this very class.
             x: ``[..., in]``.
-            weight: ``[out, in]``, frozen, of the dtype of ``x``.
-            bias: ``[out]``, frozen.
+            weights: ``[out, in]``, frozen, of the dtype of ``x``.
+            biases: ``[out]``, frozen, or none.
 
         Returns:
-            ``[..., out]``; None: the module runs, and the delta acts around it.
+            ``[..., out]`` of each; None: the modules run, and the deltas act around them.
         """
         return None
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.deltas.base import Delta
-from veneer.kernels.low_rank import add_low_rank, low_rank_linear
+from veneer.kernels.low_rank import add_low_rank, low_rank_linears
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,15 @@ class LowRank(Delta):
             x = F.dropout(x, self.dropout)
         return add_low_rank(x, y, self.A, self.B, self.scale)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Both products' gradients of x in one sum."""
-        if type(self) is not LowRank or self.dropout:
+    @classmethod
+    def linears(
+        cls, deltas: Sequence[Self], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Sequence[Tensor] | None:
+        """All gradients of x in one sum."""
+        if cls is not LowRank or any(delta.dropout for delta in deltas):
             return None
-        return low_rank_linear(x, weight, bias, self.A, self.B, self.scale)
+        factors = [delta.A for delta in deltas], [delta.B for delta in deltas], [delta.scale for delta in deltas]
+        return low_rank_linears(x, weights, biases, *factors)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W + s B A}``."""

@@ -1,15 +1,16 @@
-"""A low-rank change of a linear map, with a backward of its own.
+"""Low-rank changes of linear maps, with a backward of their own.
 
     y = x Wᵀ + b + s · h Bᵀ,   h = x Aᵀ
     dB = s · dyᵀ h,   dh = s · dy B,   dA = dhᵀ x,   dx = dy W + dh A
 
 Nothing is kept for the backward but x, which the network has anyway, and the ``[n, r]`` product. Additions happen
 inside products: the change is added by that with B, in dx by that with A. A and B may be wider than x: products run in
-x's dtype.
+x's dtype. Maps of one input share the products with A, which are too thin to be fast by themselves, and one dx.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,26 @@ def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Te
     return result
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ``, W ``[out, in]`` and the bias without gradients."""
-    result: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)
+def low_rank_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Tensor, ...]:
+    """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` of each map; weights ``[out, in]`` and biases get no gradients."""
+    result: tuple[Tensor, ...] = _LowRankLinears.apply(x, weights, biases, scales, *a, *b)
     return result
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner, b = _inner(ctx, x, y, a, b, scale)
+        flat, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
+        inner = (flat @ a.t()).mul_(scale)
+        ctx.save_for_backward(flat, a, b, inner)
+        ctx.scale = scale
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view_as(y)
 
     @staticmethod
@@ -42,45 +53,59 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, a, b, inner = ctx.saved_tensors
         for_x, _, for_a, for_b, _ = ctx.needs_input_grad
-        dh, da, db = _factors(ctx, gradient, x, b, inner, for_x, for_a, for_b)
-        dx = None if not for_x else (dh @ a).view(*gradient.shape[:-1], -1)
-        return dx, gradient, da, db, None
+        dy = gradient.reshape(-1, gradient.shape[-1])
+        dh = (dy @ b).mul_(ctx.scale) if for_x or for_a else inner
+        dx = (dh @ a).view(*gradient.shape[:-1], -1) if for_x else None
+        return dx, gradient, dh.t() @ x if for_a else None, dy.t() @ inner if for_b else None, None
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _LowRankLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.weight = weight  # frozen: nothing that autograd would have to watch
-        y = F.linear(x, weight, bias)
-        inner, b = _inner(ctx, x, y, a, b, scale)
-        y.view(-1, y.shape[-1]).addmm_(inner, b.t())
-        return y
+    def forward(ctx: Any, x: Tensor, weights: Any, biases: Any, scales: Any, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.scales = weights, scales  # frozen: nothing that autograd would have to watch
+        a, b = factors[: len(weights)], factors[len(weights) :]
+        flat = x.reshape(-1, x.shape[-1])
+        joined = _joined(a).to(x.dtype)
+        b = tuple(each.to(x.dtype) for each in b)
+        ctx.ranks = [len(each) for each in a]
+        inner = flat @ joined.t()
+        parts = _scaled(inner.split(ctx.ranks, 1), scales)
+        ctx.save_for_backward(x, joined, inner, *b)
+        outputs = [F.linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
+        for output, part, factor in zip(outputs, parts, b, strict=True):
+            output.addmm_(part, factor.t())
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, a, b, inner = ctx.saved_tensors
-        for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
-        dh, da, db = _factors(ctx, gradient, x, b, inner, for_x, for_a, for_b)
-        dx = None
-        if for_x:
-            dx = (gradient.reshape(len(x), -1) @ ctx.weight).addmm_(dh, a).view(*gradient.shape[:-1], -1)
-        return dx, None, None, da, db, None
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, a, inner, *b = ctx.saved_tensors
+        for_x, _, _, _, *for_factors = ctx.needs_input_grad
+        for_a, for_b = for_factors[: len(b)], for_factors[len(b) :]
+        flat = x.reshape(-1, x.shape[-1])
+        dys = [each.reshape(len(flat), -1) for each in gradients]
+        parts = inner.split(ctx.ranks, 1)
+        db = [dy.t() @ part if wanted else None for dy, part, wanted in zip(dys, parts, for_b, strict=True)]
+        dx, da = None, tuple(None for _ in b)
+        if for_x or any(for_a):
+            dh = _joined(_scaled([dy @ each for dy, each in zip(dys, b, strict=True)], ctx.scales), 1)
+            if any(for_a):
+                da = (dh.t() @ flat).split(ctx.ranks)
+            if for_x:
+                dx = dys[0] @ ctx.weights[0]
+                for dy, weight in zip(dys[1:], ctx.weights[1:], strict=True):
+                    dx.addmm_(dy, weight)
+                dx = dx.addmm_(dh, a).view_as(x)
+        return dx, None, None, None, *(each if wanted else None for each, wanted in zip(da, for_a, strict=True)), *db
 
 
-def _inner(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """s · h, and B in the dtype of the products."""
-    x, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-    inner = (x @ a.t()).mul_(scale)
-    ctx.save_for_backward(x, a, b, inner)
-    ctx.scale = scale
-    return inner, b
+def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    return torch.cat(list(tensors), axis) if len(tensors) > 1 else tensors[0]
 
 
-def _factors(
-    ctx: Any, gradient: Tensor, x: Tensor, b: Tensor, inner: Tensor, for_x: bool, for_a: bool, for_b: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh, dA and dB."""
-    dy = gradient.reshape(-1, gradient.shape[-1])
-    dh = (dy @ b).mul_(ctx.scale) if for_x or for_a else inner
-    return dh, dh.t() @ x if for_a else None, dy.t() @ inner if for_b else None
+def _scaled(tensors: Sequence[Tensor], scales: Sequence[float]) -> Sequence[Tensor]:
+    """The same tensors, each times its scale."""
+    for tensor, scale in zip(tensors, scales, strict=True):
+        if scale != 1:
+            tensor.mul_(scale)
+    return tensors

@@ -173,8 +173,17 @@ def _ladders(
     methods = {
         label: own[0].run.spec["config"]["method"] for label, own in by_entry.items() if own[0].run.kind != "base"
     }
+    besides = {label: _besides(own) for label, own in by_entry.items()}
     quality = {label: float(score.means.mean()) for label, score in scores.items()}
-    return ladders(methods, quality, apart, lower_is_better=lower_is_better)
+    return ladders(methods, besides, quality, apart, lower_is_better=lower_is_better)
+
+
+def _besides(own: Sequence[Done]) -> dict[str, Any]:
+    """What an entry's runs were made with besides the method; a rate that was searched for belongs to that."""
+    config = next(each.run.spec["config"] for each in own if each.run.kind != "search")
+    searched = any(each.run.kind == "search" for each in own)
+    train = {key: value for key, value in config.get("train", {}).items() if not (searched and key == "learning_rate")}
+    return {**config, "method": None, "train": {**train, "seed": None}}
 
 
 def _line(

@@ -43,6 +43,7 @@ class Ladder:
 
 def ladders(
     methods: Mapping[str, Mapping[str, Any]],
+    besides: Mapping[str, Any],
     quality: Mapping[str, float],
     apart: Callable[[str, str], bool],
     *,
@@ -52,12 +53,13 @@ def ladders(
 
     Args:
         methods: label -> its method's settings, with its name.
+        besides: label -> what else its runs were made with; entries that differ in it are of no one ladder.
         quality: label -> the metric's mean; of entries that came out.
         apart: whether the runs tell the entries of two labels apart.
         lower_is_better: which way the metric goes.
     """
     found = []
-    for setting, group in _groups({label: methods[label] for label in quality if label in methods}):
+    for setting, group in _groups({label: methods[label] for label in quality if label in methods}, besides):
         labels = sorted(group, key=lambda label: float(methods[label][setting]))
         best = (min if lower_is_better else max)(labels, key=lambda label: quality[label])
         near = [label for label in labels if label == best or not apart(best, label)]
@@ -69,15 +71,16 @@ def ladders(
     return found
 
 
-def _groups(methods: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def _groups(methods: Mapping[str, Mapping[str, Any]], besides: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Labels of one method that differ in one number and nothing else, three at least."""
     groups: dict[tuple[str, str], list[str]] = {}
     for label, settings in methods.items():
         for key, value in settings.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 rest = repr(sorted((name, repr(other)) for name, other in settings.items() if name != key))
+                rest += repr(besides.get(label))
                 groups.setdefault((key, rest), []).append(label)
-    return [(key, labels) for (key, _), labels in groups.items() if len(labels) > 2]
+    return [(key, labels) for (key, _), labels in groups.items() if len({methods[label][key] for label in labels}) > 2]
 
 
 def _limit(sizes: Sequence[float], values: Sequence[float]) -> float | None:
