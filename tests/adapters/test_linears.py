@@ -51,9 +51,7 @@ def alone(adapter: veneer.Adapter, monkeypatch: pytest.MonkeyPatch) -> list[Tens
     """The same, each map by itself."""
     usual = Siblings._computed
     with monkeypatch.context() as patched:
-        patched.setattr(
-            Siblings, "_computed", lambda self, at, given, _: usual(self, at, given, {at: self.modules[at]})
-        )
+        patched.setattr(Siblings, "_computed", lambda self, at, given, _: usual(self, at, given, {at: self.maps[at]}))
         return learned(adapter)
 
 
@@ -86,7 +84,7 @@ def test_only_those_an_adapter_acts_at(groups: list[int]) -> None:
     learned(adapter)
     assert groups == [2] * 2
     adapter.base.detach("default")
-    assert not any(each.modules for each in adapter.base._execution.siblings.values())
+    assert not any(each.maps for each in adapter.base._execution.siblings.values())
 
 
 @pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x.mul_(2)], ids=["another tensor", "written into"])
@@ -98,7 +96,6 @@ def test_a_map_with_an_input_of_its_own(
     handle = attention(adapter).k_proj.register_forward_pre_hook(lambda _, x: (change(x[0]),))
     groups.clear()
     together = adapter(input_ids=IDS).logits
-    assert groups[:2] == [3, 1]
     assert not torch.allclose(together, usual)
     monkeypatch.setattr(Siblings, "output", lambda *_: None)
     assert torch.allclose(together, adapter(input_ids=IDS).logits, rtol=1e-9)
@@ -143,12 +140,71 @@ def test_an_exception_between_siblings_leaves_nothing(adapter: veneer.Adapter) -
     assert close(learned(adapter), expected)
 
 
-def test_recomputed_with_checkpoints(adapter: veneer.Adapter) -> None:
+def test_recomputed_with_checkpoints(adapter: veneer.Adapter, groups: list[int]) -> None:
     expected = learned(adapter)
     adapter.base.enable_checkpointing()
     adapter.train()
+    groups.clear()
     assert close(learned(adapter), expected)
+    assert groups == [3, 1, 2, 1] * 4
     assert nothing_is_left(adapter)
+
+
+def test_whatever_was_attached_first(adapter: veneer.Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are in one order, and their last bits the same."""
+    expected = learned(adapter)
+    base = veneer.Base(tiny_llama().double())
+    base.attach(veneer.LoRA(rank=4, targets=["v", "up"]), "before")
+    again = base.attach(veneer.LoRA(rank=4), "after")
+    again.double()
+    perturb(again)
+    assert all(map(torch.equal, learned(again), expected))
+
+
+def set_at_its_call(module: nn.Module) -> None:
+    """As torch's own spectral norm does it."""
+    module.before = module._parameters.pop("weight").detach()  # type: ignore[union-attr]
+    module.weight = module.before
+    module.register_forward_pre_hook(lambda own, _: setattr(own, "weight", own.before * 2))
+
+
+def forward_of_its_own(module: nn.Module) -> None:
+    module.__dict__["forward"] = lambda x: nn.Linear.forward(module, x) * 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own", [set_at_its_call, forward_of_its_own])
+def test_what_a_map_does_by_itself_only(
+    adapter: veneer.Adapter, groups: list[int], monkeypatch: pytest.MonkeyPatch, own: Callable[[nn.Module], None]
+) -> None:
+    module = attention(adapter).k_proj
+    usual = adapter(input_ids=IDS).logits
+    own(module)
+    groups.clear()
+    ours = adapter(input_ids=IDS).logits
+    assert groups[0] == 2
+    monkeypatch.setattr(Siblings, "output", lambda *_: None)
+    assert torch.allclose(ours, adapter(input_ids=IDS).logits, rtol=1e-9)
+    assert not torch.allclose(ours, usual)
+
+
+def test_autocast_around_one_of_them(adapter: veneer.Adapter) -> None:
+    values = attention(adapter).v_proj
+    adapter.float()
+    adapter.base.model.float()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    seen: list[torch.dtype] = []
+
+    def begin(*_: Any) -> None:
+        autocast.__enter__()
+
+    def end(_: nn.Module, __: Any, y: Tensor) -> None:
+        seen.append(y.dtype)
+        autocast.__exit__(None, None, None)
+
+    values.register_forward_pre_hook(begin)
+    values.register_forward_hook(end, prepend=True)
+    adapter(input_ids=IDS)
+    assert seen == [torch.bfloat16]
 
 
 class Positioned(nn.Module):
@@ -165,13 +221,13 @@ class Positioned(nn.Module):
 
 def test_values_of_another_input(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    adapter = veneer.Base(Positioned()).attach(
-        veneer.LoRA(rank=2, targets=["q_proj", "k_proj", "v_proj"])
-    )
+    adapter = veneer.Base(Positioned()).attach(veneer.LoRA(rank=2, targets=["q_proj", "k_proj", "v_proj"]))
     perturb(adapter.double())
     x = torch.randn(3, 8, dtype=torch.float64)
     ours = adapter(x)
     assert groups == [3, 1]
-    monkeypatch.setattr(Siblings, "output", lambda *_: None)
-    assert torch.allclose(ours, adapter(x), rtol=1e-9)
     assert nothing_is_left(adapter)
+    gradients = torch.autograd.grad(ours.sum(), list(adapter.parameters()))
+    monkeypatch.setattr(Siblings, "output", lambda *_: None)
+    plain = adapter(x)
+    assert close([ours, *gradients], [plain, *torch.autograd.grad(plain.sum(), list(adapter.parameters()))])

@@ -622,6 +622,12 @@ def test_entries_that_differ_in_something_else_are_no_sizes() -> None:
     taught = "{label: taught, method: {name: lora, rank: 4}, distill: {teacher: base, weight: 0.3}}"
     quality = QUALITY | {"lora, rank 1": 0.7, "lora, rank 2": 0.8, "taught": 0.9}
     assert found_of(f"entries=[{', '.join(ranks)}, {taught}]", quality=quality).ladders == []
+    alphas = [
+        f"{{label: alpha {n}, method: {{name: lora, alpha: {n}}}, train: {{learning_rate: {n}.0e-3}}}}"
+        for n in (1, 2, 4)
+    ]
+    quality = QUALITY | {f"alpha {n}": 0.8 for n in (1, 2, 4)}
+    assert found_of(f"entries=[{', '.join(alphas)}]", quality=quality).ladders == []
 
 
 # What is shown

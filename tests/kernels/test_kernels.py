@@ -211,6 +211,11 @@ def test_low_rank_with_its_maps(biased: bool, outs: tuple[int, ...]) -> None:
     compared(lambda *given: torch.cat(ours(*given), -1), lambda *given: torch.cat(plain(*given), -1), x, *a, *b)
     last = [lambda x, own, out, of=of: of(x, *a[:-1], own, *b[:-1], out)[-1] for of in (ours, plain)]
     compared(*last, x, a[-1], b[-1])
+    unused = torch.autograd.grad(ours(x, *a, *b)[-1].sum(), [a[0], b[0]], allow_unused=True)
+    assert (unused == (None, None)) == (n > 1)  # as without us: an optimiser leaves it alone
+    written = [each.mul_(2) for each in ours(x, *a, *b)]  # as OLMo clamps its queries
+    assert torch.allclose(torch.cat(written, -1), 2 * torch.cat(plain(x, *a, *b), -1))
+    assert [each.shape for each in ours(x[:0], *a, *b)] == [(0, 7, out) for out in outs]  # an expert without tokens
     whole = torch.autograd.grad(sum(each.square().sum() for each in ours(x, *a, *b)), [x, *a, *b])
     for place, expected in enumerate(whole):
         alone = [each.detach().requires_grad_(at == place) for at, each in enumerate([x, *a, *b])]

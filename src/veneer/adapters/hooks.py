@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.execution import Execution
-from veneer.adapters.linears import Siblings
+from veneer.adapters.linears import Map, Siblings
 from veneer.bases.quantized import runs_on_others
 from veneer.bases.weights import parameters_of, stored
 from veneer.deltas import Delta, Rows
@@ -49,9 +49,10 @@ class SiteHooks:
             module.register_forward_hook(self.after, always_call=True),
         ]
         if type(module) is nn.Linear and self.execution.fast is not None:
-            self.execution.fast.linears[module] = functools.partial(self.forward, module)
-            self.siblings.modules[self.path] = module
-            handles += [_Entry(self.execution.fast.linears, module), _Entry(self.siblings.modules, self.path)]
+            forward = functools.partial(self.forward, module)
+            self.execution.fast.linears[module] = forward
+            self.siblings.maps[self.path] = Map(module, forward)
+            handles += [_Entry(self.execution.fast.linears, module), _Entry(self.siblings.maps, self.path)]
         return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -70,7 +71,8 @@ class SiteHooks:
     def forward(self, module: nn.Linear, x: Tensor) -> Tensor:
         """A linear map's own forward, or all of it and the delta at once."""
         own = self._calls and self._calls[-1].x is x  # somebody's hook may have given it another
-        y = self.siblings.output(self.path, x, self.execution.plan) if own and torch.is_grad_enabled() else None
+        plain = torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        y = self.siblings.output(self.path, x, self.execution.plan) if own and plain else None
         if y is None:
             return nn.Linear.forward(module, x)
         self._calls[-1].at_once = True

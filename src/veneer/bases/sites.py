@@ -202,11 +202,16 @@ class SiteMap(Sequence[Site]):
     def input_of(self, path: str) -> str:
         """A name for the input of a module, the same for linear maps that get the very same: queries, keys and values
         of tokens attending to each other, keys and values of what a decoder attends to, gate and value of a layer."""
-        site = self._by_path.get(path)
+        site, parent = self._by_path.get(path), path.rpartition(".")[0]
         shared = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gated", "up": "gated"}
-        if site is None or site.role not in shared or (site.role == "q" and is_cross_attention(path)):
+        if site is None or site.role not in shared:
             return path
-        return f"{path.rpartition('.')[0]}:{shared[site.role]}"
+        split = self.splits.get(parent)
+        if site.role == "q" and (is_cross_attention(path) or "cross" in path):
+            return path
+        if site.role == "v" and split is not None and split.attention == "disentangled":
+            return path  # its queries and keys are made of positions, too
+        return f"{parent}:{shared[site.role]}"
 
     def in_decoder(self, path: str) -> bool:
         """Whether it lies in the decoder of an encoder-decoder."""

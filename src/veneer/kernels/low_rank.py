@@ -71,10 +71,12 @@ class _LowRankLinears(torch.autograd.Function):
         inner = flat @ joined.t()
         parts = _scaled(inner.split(ctx.ranks, 1), scales)
         ctx.save_for_backward(x, joined, inner, *b)
+        ctx.set_materialize_grads(False)
         outputs = [F.linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
         for output, part, factor in zip(outputs, parts, b, strict=True):
             output.addmm_(part, factor.t())
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        # no views: autograd refuses to let anybody write into a view that is one of several outputs
+        return tuple(torch.ops.aten._unsafe_view(each, [*x.shape[:-1], each.shape[-1]]) for each in outputs)
 
     @staticmethod
     @once_differentiable
@@ -82,21 +84,30 @@ class _LowRankLinears(torch.autograd.Function):
         x, a, inner, *b = ctx.saved_tensors
         for_x, _, _, _, *for_factors = ctx.needs_input_grad
         for_a, for_b = for_factors[: len(b)], for_factors[len(b) :]
-        flat = x.reshape(-1, x.shape[-1])
-        dys = [each.reshape(len(flat), -1) for each in gradients]
-        parts = inner.split(ctx.ranks, 1)
-        db = [dy.t() @ part if wanted else None for dy, part, wanted in zip(dys, parts, for_b, strict=True)]
-        dx, da = None, tuple(None for _ in b)
+        flat, parts = x.reshape(-1, x.shape[-1]), inner.split(ctx.ranks, 1)
+        dys = {at: dy.reshape(-1, dy.shape[-1]) for at, dy in enumerate(gradients) if dy is not None}
+        da: list[Tensor | None] = [None] * len(b)
+        db: list[Tensor | None] = [None] * len(b)
+        dx = None
+        if not dys:
+            return None, None, None, None, *da, *db
+        for at, dy in dys.items():
+            if for_b[at]:
+                db[at] = dy.t() @ parts[at]
         if for_x or any(for_a):
-            dh = _joined(_scaled([dy @ each for dy, each in zip(dys, b, strict=True)], ctx.scales), 1)
+            dh = _joined(_scaled([dy @ b[at] for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
             if any(for_a):
-                da = (dh.t() @ flat).split(ctx.ranks)
+                rows = (dh.t() @ flat).split([ctx.ranks[at] for at in dys])
+                for at, row in zip(dys, rows, strict=True):
+                    da[at] = row if for_a[at] else None
             if for_x:
-                dx = dys[0] @ ctx.weights[0]
-                for dy, weight in zip(dys[1:], ctx.weights[1:], strict=True):
-                    dx.addmm_(dy, weight)
-                dx = dx.addmm_(dh, a).view_as(x)
-        return dx, None, None, None, *(each if wanted else None for each, wanted in zip(da, for_a, strict=True)), *db
+                (first, dy), *others = dys.items()
+                dx = dy @ ctx.weights[first]
+                for at, dy in others:
+                    dx.addmm_(dy, ctx.weights[at])
+                every = a.split(ctx.ranks)
+                dx = dx.addmm_(dh, a if len(dys) == len(b) else _joined([every[at] for at in dys])).view_as(x)
+        return dx, None, None, None, *da, *db
 
 
 def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -84,7 +84,7 @@ def _groups(methods: Mapping[str, Mapping[str, Any]], besides: Mapping[str, Any]
 
 
 def _limit(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    if len(sizes) < LEAST:
+    if len(set(sizes)) < LEAST:
         return None
 
     def law(size: Any, limit: float, scale: float, power: float) -> Any:
