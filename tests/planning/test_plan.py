@@ -389,3 +389,17 @@ def test_the_largest_base_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert sizes == sorted(sizes)
     assert sizes[0] > 2e9
     assert told["bases"][-1]["quantize"] == "nf4"
+
+
+def test_a_heap_holds_more_than_is_alive_and_a_gpu_is_counted_in_blocks() -> None:
+    """The more, the more a layer makes: computing it twice leaves larger gaps beside less."""
+    gaps = {}
+    for checkpointing in (False, True):
+        request = Request(
+            "minilm-l6", methods=[method_class("lora")()], batch=Batch(8, 64), checkpointing=checkpointing
+        )
+        parts = plan(request).methods[0].train_memory
+        gaps[checkpointing] = parts["gaps"] / (parts["activations"] + parts["workspace"])
+    assert gaps[True] > gaps[False] > 0.1
+    (row,) = plan(replace(request, device="rtx-4090")).methods
+    assert row.train_memory["gaps"] == 0

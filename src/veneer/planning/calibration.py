@@ -20,7 +20,6 @@ import torch
 
 from veneer.planning.machine import Machine, Rates
 from veneer.storage import cache_dir, write_json
-from veneer.training.allocator import GAPS
 from veneer.training.preflight import available_memory
 
 _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))
@@ -43,7 +42,7 @@ def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
         rates |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
         write_json(path, {"overhead": overhead, "rates": {name: asdict(each) for name, each in rates.items()}})
     memory = available_memory(torch.device("cpu"))
-    return Machine(_name(), memory, rates, overhead, None, measured=True, gaps=GAPS)
+    return Machine(_name(), memory, rates, overhead, None, measured=True, heap=True)
 
 
 def _file() -> Path:

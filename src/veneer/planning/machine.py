@@ -62,7 +62,7 @@ class Machine:
         overhead: seconds of an operation that does nothing.
         watts: it draws when busy; None where nobody says.
         measured: whether the rates were measured, on this very machine.
-        gaps: share of what comes and goes in a step that its allocator holds besides.
+        heap: whether what a step makes is on a processor's heap, which holds more than is alive.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Machine:
     overhead: float
     watts: float | None
     measured: bool
-    gaps: float = 0.0
+    heap: bool = False
 
     def seconds(self, work: Mapping[Work, float]) -> float:
         """Of operations, each so many times."""

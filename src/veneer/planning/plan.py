@@ -29,6 +29,7 @@ from veneer.methods import Method, methods
 from veneer.planning.machine import Machine, machine
 from veneer.tasks import Task
 from veneer.tracing import shapes_only
+from veneer.training.allocator import gaps
 from veneer.training.rehearsal import Batch, Rehearsal, Step, attached, served, task_for
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -302,7 +303,7 @@ class _Planner:
             batch = replace(batch, tokens=min(batch.tokens, room - taken))
         rehearsal = Rehearsal(self.architecture, method, self.task, self.dtype, request.checkpointing)
         step = rehearsal.step(batch, held)
-        memory = self._on_machine(step.memory)
+        memory = self._on_machine(step)
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
@@ -336,13 +337,14 @@ class _Planner:
         hours = None if watts is None else watts * seconds / 3600
         return Run(steps, seconds, hours, None if hours is None else hours / 1000 * GRAMS)
 
-    def _on_machine(self, parts: Mapping[str, int]) -> dict[str, int]:
+    def _on_machine(self, step: Step) -> dict[str, int]:
         """With quantised weights, if asked for, and what the machine's allocator holds in gaps."""
-        found = {part: value for part, value in parts.items() if part != "total"}
+        found = {part: value for part, value in step.memory.items() if part != "total"}
         if self.request.quantize is not None:
             found["weights"] = self.base["weight_bytes"][self.request.quantize]
             found["workspace"] += self.base["largest_map"]
-        found["gaps"] = round(self.machine.gaps * (found["activations"] + found["logits"] + found["workspace"]))
+        layers = max(self.architecture.layers, 1)
+        found["gaps"] = gaps(step.passing, step.made / layers) if self.machine.heap else 0
         return found | {"total": sum(found.values())}
 
     def _largest(self, parts: Mapping[str, int]) -> int:

@@ -11,15 +11,25 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-GAPS = 0.4
-"""What a processor's heap holds in gaps between blocks, as a share of what comes and goes in a step: LoRA on SmolLM2 in
-bf16 holds 0.88 GB above the base by glibc's heap, and 0.65 GB where each block is mapped by itself. A GPU's allocator
-is counted in blocks."""
+_OF_A_LAYER, _OF_ALL = 0.55, 0.13
+"""What glibc's heap holds in gaps between blocks, as shares of what a layer makes in a step and of what is alive at
+once: fitted to 26 measured steps (`benchmarks/planner.py`)."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """From glibc's malloc.h."""
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
 """The thresholds glibc itself arrives at once large blocks have been freed."""
+
+
+def gaps(alive: float, made: float) -> int:
+    """Bytes that a processor's heap holds besides what is alive: a freed block hardly ever takes another one of its
+    size, as an aligned block is looked for with some bytes to spare.
+
+    Args:
+        alive: bytes of activations, logits and workspace at once.
+        made: bytes that a layer makes in a step, forward and backward.
+    """
+    return round(_OF_A_LAYER * made + _OF_ALL * alive)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import transformers
 from veneer.adapters import Adapter
 from veneer.bases.architecture import Architecture
 from veneer.tasks import Prepared, Task
-from veneer.training.allocator import GAPS
+from veneer.training.allocator import gaps
 from veneer.training.passes import count
 from veneer.training.rehearsal import Batch, Rehearsal, served
 from veneer.training.settings import TrainSettings
@@ -41,7 +41,7 @@ def forecast(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSe
         return None
     memory = dict(step.memory)
     if adapter.device.type == "cpu":
-        memory["gaps"] = round(GAPS * sum(memory[kind] for kind in ("activations", "logits", "workspace")))
+        memory["gaps"] = gaps(step.passing, step.made / max(found.layers, 1))
     asked = {name: round(value) for name, value in serving.phases["forward"].items()}
     return {
         "training": _told({**memory, "weights": base.nbytes}, batch),

@@ -68,11 +68,13 @@ class Step:
     Attributes:
         phases: phase -> bytes by kind, at the moment of it at which most is alive.
         work: the operations, and how many times each is done.
+        made: bytes of all that is made in it.
         moments: phase -> all of them, where the model itself was traced.
     """
 
     phases: Mapping[str, Mapping[str, float]]
     work: Mapping[Work, float]
+    made: float = 0.0
     moments: Mapping[str, Sequence[Moment]] = field(default_factory=dict)
 
     @property
@@ -81,6 +83,11 @@ class Step:
         most = max(self.phases.values(), key=lambda kinds: sum(kinds.values()))
         parts = {kind: max(round(most.get(kind, 0)), 0) for kind in KINDS}
         return {**parts, "total": sum(parts.values())}
+
+    @property
+    def passing(self) -> int:
+        """Bytes that are gone when the step is over, at that moment."""
+        return sum(self.memory[kind] for kind in ("activations", "logits", "workspace"))
 
     @property
     def flops(self) -> float:
@@ -252,7 +259,7 @@ def along(few: Step, more: Step, depths: tuple[int, int, int]) -> Step:
         kinds = {*one.alive, *other.alive}
         phases[phase] = {kind: line(one.alive.get(kind, 0), other.alive.get(kind, 0)) for kind in kinds}
     work = {each: line(few.work.get(each, 0), more.work.get(each, 0)) for each in {*few.work, *more.work}}
-    return Step(phases, work)
+    return Step(phases, work, line(few.made, more.made))
 
 
 def _pairs(few: Sequence[Moment], more: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
@@ -326,7 +333,8 @@ def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> tup
 
 
 def _step(ledger: Ledger) -> Step:
-    return Step(ledger.peaks, Counter(ledger.work), ledger.moments)
+    made = sum(each.nbytes for there in ledger.moments.values() for each in there)
+    return Step(ledger.peaks, Counter(ledger.work), made, ledger.moments)
 
 
 @contextlib.contextmanager
