@@ -60,7 +60,8 @@ def test_few_layers_tell_of_many(method: str, settings: dict[str, Any], changes:
     rehearsal, held = rehearsed(method, settings, **changes)
     along, direct = rehearsal.step(BATCH, held), rehearsal._traced(7, BATCH)
     assert along.flops == pytest.approx(direct.flops, rel=1e-6)
-    assert along.made == pytest.approx(direct.made, rel=0.02)
+    # the gradient of a slice of what prefixes have for all layers at once is as large as the whole: no line
+    assert along.made == pytest.approx(direct.made, rel=0.05 if method == "prefix" else 1e-6)
     assert along.memory["total"] == pytest.approx(direct.memory["total"], rel=0.02)
     assert along.phases[""]["adapter"] == pytest.approx(held)
 

@@ -68,14 +68,14 @@ class Step:
     Attributes:
         phases: phase -> bytes by kind, at the moment of it at which most is alive.
         work: the operations, and how many times each is done.
-        made: bytes of all that is made in it.
         moments: phase -> all of them, where the model itself was traced.
+        made: bytes of all that is made in it.
     """
 
     phases: Mapping[str, Mapping[str, float]]
     work: Mapping[Work, float]
-    made: float = 0.0
     moments: Mapping[str, Sequence[Moment]] = field(default_factory=dict)
+    made: float = 0.0
 
     @property
     def memory(self) -> dict[str, int]:
@@ -259,7 +259,7 @@ def along(few: Step, more: Step, depths: tuple[int, int, int]) -> Step:
         kinds = {*one.alive, *other.alive}
         phases[phase] = {kind: line(one.alive.get(kind, 0), other.alive.get(kind, 0)) for kind in kinds}
     work = {each: line(few.work.get(each, 0), more.work.get(each, 0)) for each in {*few.work, *more.work}}
-    return Step(phases, work, line(few.made, more.made))
+    return Step(phases, work, made=line(few.made, more.made))
 
 
 def _pairs(few: Sequence[Moment], more: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
@@ -334,7 +334,7 @@ def _served(architecture: Architecture, dtype: torch.dtype, batch: Batch) -> tup
 
 def _step(ledger: Ledger) -> Step:
     made = sum(each.nbytes for there in ledger.moments.values() for each in there)
-    return Step(ledger.peaks, Counter(ledger.work), made, ledger.moments)
+    return Step(ledger.peaks, Counter(ledger.work), ledger.moments, made)
 
 
 @contextlib.contextmanager
