@@ -22,8 +22,7 @@ _USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
 
 
 def gaps(alive: float, made: float) -> int:
-    """Bytes that a processor's heap holds besides what is alive: a freed block hardly ever takes another one of its
-    size, as an aligned block is looked for with some bytes to spare.
+    """Bytes that a processor's heap holds besides what is alive, as freed blocks often don't take others of their size.
 
     Args:
         alive: bytes of activations, logits and workspace at once.
