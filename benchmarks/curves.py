@@ -18,10 +18,11 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import alone
 
 STEPS = 5
 WORDS = {
@@ -149,19 +150,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="folder for SVG files")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    spawn, known = multiprocessing.get_context("spawn"), dict[Point, dict[str, Any]]()
-    rows = []
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for name in options.only:
-            for value in VARIED[name]:
-                point = replace(Point(), **{name: value})
-                if point not in known:
-                    known[point] = pool.submit(measured, point, options.threads).result()
-                rows.append({"bench": "curves", "varied": name, **asdict(point), **known[point]})
-                if not options.json:
-                    row = rows[-1]
-                    told = f"{row['seconds']:>7.2f} s, products {row['products']:.2f} s, {row['memory'] / 1e9:.2f} GB"
-                    print(f"{WORDS[name]:<32}{value:>6}{told}", flush=True)
+    rows, known = [], dict[Point, dict[str, Any]]()
+    for name in options.only:
+        for value in VARIED[name]:
+            point = replace(Point(), **{name: value})
+            if point not in known:
+                known[point] = alone(measured, point, options.threads)
+            rows.append({"bench": "curves", "varied": name, **asdict(point), **known[point]})
+            if not options.json:
+                row = rows[-1]
+                told = f"{row['seconds']:>7.2f} s, products {row['products']:.2f} s, {row['memory'] / 1e9:.2f} GB"
+                print(f"{WORDS[name]:<32}{value:>6}{told}", flush=True)
     if options.plot:
         plots(rows, options.plot)
     if options.json:

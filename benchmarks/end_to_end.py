@@ -25,10 +25,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+
+from benchmarks.processes import alone
 
 BASE, RATE, BATCH, LONGEST, HELD_OUT = "smollm2-135m-instruct", 5e-4, 8, 512, 100
 SIDES = ("veneer", "trainer", "trl")
@@ -166,14 +167,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        runs = []
-        for seed in range(options.rounds):
-            for side in options.only:
-                runs.append(pool.submit(one, side, seed, options.rows, options.threads).result())
-                if not options.json:
-                    print(json.dumps(runs[-1]), flush=True)
+    runs = []
+    for seed in range(options.rounds):
+        for side in options.only:
+            runs.append(alone(one, side, seed, options.rows, options.threads, as_veneer=side == "veneer"))
+            if not options.json:
+                print(json.dumps(runs[-1]), flush=True)
 
     def of(side: str, what: str) -> float:
         return statistics.median(run[what] for run in runs if run["side"] == side)

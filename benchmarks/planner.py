@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import alone
+
 RESULTS = Path(__file__).parent / "results" / "planner.jsonl"
 STEPS = 5
 MEMORY, TIME = 0.10, 0.25
@@ -78,12 +80,15 @@ CASES = (
 )
 
 
-def predicted(case: Case) -> dict[str, Any]:
+def predicted(case: Case, threads: int) -> dict[str, Any]:
     """What the planner says."""
+    import torch
+
     from veneer.methods import method_class
     from veneer.planning import Request, plan
     from veneer.training.rehearsal import Batch
 
+    torch.set_num_threads(threads)
     request = Request(
         base=case.base,
         methods=[method_class(case.method)()],
@@ -95,7 +100,7 @@ def predicted(case: Case) -> dict[str, Any]:
     return {"memory": row.train_memory["total"], "seconds": row.seconds_per_step, "parts": dict(row.train_memory)}
 
 
-def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
+def measured(case: Case, threads: int, steps: int) -> dict[str, Any]:
     """Load, train a few steps, tell."""
     import torch
 
@@ -141,22 +146,7 @@ def measured(case: Case, pipe: Any, threads: int, steps: int) -> None:
             seconds.append(time.perf_counter() - began)
             if number == 0:  # what is done once only
                 forget_peak(base.device)
-        pipe.send({"memory": peak(base.device) - before, "seconds": statistics.median(seconds[1:])})
-
-
-def in_process(case: Case, threads: int, steps: int) -> dict[str, Any]:
-    """`measured`, in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=measured, args=(case, theirs, threads, steps), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        answer: dict[str, Any] = ours.recv()
-        return answer
-    finally:
-        process.join(10)
-        process.kill()
+        return {"memory": peak(base.device) - before, "seconds": statistics.median(seconds[1:])}
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -220,23 +210,20 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="predict anew what has been measured already")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(options.threads)
     done = results(options.results)
     if not options.table:
         known = [row["case"] for row in done]
         todo = [case for case in CASES if asdict(case) not in known][: options.only]
         options.results.parent.mkdir(parents=True, exist_ok=True)
         for number, case in enumerate(todo, 1):
-            seen = in_process(case, options.threads, options.steps)
-            row = {"case": asdict(case), "predicted": predicted(case), "measured": seen}
+            seen = alone(measured, case, options.threads, options.steps)
+            row = {"case": asdict(case), "predicted": alone(predicted, case, options.threads), "measured": seen}
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             done.append(row)
             print(f"{number}/{len(todo)} {case}", flush=True)
     if options.again:
-        done = [{**row, "predicted": predicted(Case(**row["case"]))} for row in done]
+        done = [{**row, "predicted": alone(predicted, Case(**row["case"]), options.threads)} for row in done]
     if options.json:
         print(json.dumps({"rows": done, **summary(done)}, indent=2))
     else:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from benchmarks.processes import alone
 
 KINDS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -72,9 +72,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     options = vars(parser.parse_args())
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        runs = [pool.submit(one, kind, seed, options).result() for seed in range(options["seeds"]) for kind in KINDS]
+    runs = [alone(one, kind, seed, options) for seed in range(options["seeds"]) for kind in KINDS]
     table = []
     for kind in KINDS:
         mine = [run for run in runs if run["kind"] == kind]

@@ -13,7 +13,8 @@ ratio of the medians of such pairs.
     forward       transformers' model without gradients, with its usual loss
 
 All run on the GPU where there is one. Memory is the most a process holds during steps (resident, or on the GPU), above
-that with the base loaded and run on a few tokens. `time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
+that with the base loaded and run on a few tokens. veneer's process begins as that of `veneer train` does.
+`time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import sparing
 
 BASE = "smollm2-135m-instruct"
 ROWS, TOKENS = 4, 256
@@ -202,7 +205,8 @@ def running(variants: Sequence[Variant], threads: int) -> Iterator[list[Any]]:
         for variant in variants:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=serve, args=(variant, threads, theirs), daemon=True)
-            process.start()
+            with sparing(variant.side == VENEER):
+                process.start()
             theirs.close()
             processes.append(process)
             ours.recv()  # one loads and warms up at a time

@@ -1,5 +1,5 @@
 """``python -m veneer`` is the command ``veneer``."""
 
-from veneer.cli.__main__ import main
+from veneer.cli.launch import main
 
 main()

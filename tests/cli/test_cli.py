@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -380,3 +381,33 @@ def test_an_adapter_written_by_peft(data: Path, tiny_folder: Path, capsys: pytes
         wrapped.save_pretrained("theirs")
     assert run("eval", "theirs", "held_out.jsonl", "--base-model", tiny_folder, "--max-new-tokens", 2) == 0
     assert "plain base" in capsys.readouterr().out
+
+
+BEGUN = """
+import os, sys
+print(os.environ.get("GLIBC_TUNABLES"), os.getpid(), flush=True)
+sys.argv = ["veneer", {command!r}, "--help"]
+from veneer.cli.launch import main
+main()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.parametrize(
+    ("command", "given", "then"),
+    [
+        ("train", None, "glibc.malloc.tcache_count=0"),
+        ("plan", "glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
+        ("train", "glibc.malloc.tcache_count=3", None),
+        ("chat", None, None),
+    ],
+)
+def test_what_trains_begins_again_with_a_sparing_heap(command: str, given: str | None, then: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if given is None else {"GLIBC_TUNABLES": given}
+    program = [sys.executable, "-c", BEGUN.format(command=command)]
+    told = subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
+    begun = re.findall(r"^(\S+) (\d+)$", told, re.MULTILINE)
+    assert [tunables for tunables, _ in begun] == [str(given), *([then] if then else [])]
+    assert len({number for _, number in begun}) == 1
+    assert f"veneer {command}" in told

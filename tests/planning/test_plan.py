@@ -266,17 +266,18 @@ def test_a_device_s_figures() -> None:
     assert all(each.teraflops >= each.teraflops_32 for each in DEVICES.values())
 
 
-def test_this_machine_s_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
-    found = machine()
+def test_this_machine_s_are_measured_once_for_its_threads() -> None:
+    found = machine(dtypes=(torch.bfloat16,))
     assert found.measured
     assert found.rates["float32"].flops > 1e8
-    (kept,) = (tmp_path / "speed").iterdir()
-    before = kept.read_bytes()
-    assert machine().rates == found.rates
-    assert kept.read_bytes() == before
-    kept.write_text("{broken")
-    assert machine().measured
+    assert found.rates["bfloat16"] != found.rates["float32"]
+    assert machine().rates["float32"] is found.rates["float32"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert machine().rates["float32"] is not found.rates["float32"]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_command(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

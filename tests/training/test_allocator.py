@@ -1,13 +1,17 @@
-"""Freed memory is kept while training goes on, and only then."""
+"""Freed memory is kept while training goes on, and only then; a sparing heap has few gaps."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from veneer.training.allocator import gaps
+
+SPARING = "glibc.malloc.tcache_count=0"
 PROGRAM = """
 import resource, torch
 from veneer.training.allocator import kept_memory
@@ -27,9 +31,58 @@ print(kept, held() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_memory_is_kept_and_given_back() -> None:
-    told = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
-    kept, after = map(int, told.split())
+LAYERS = """
+import ctypes, torch
+from veneer.training.allocator import kept_memory
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+
+def step():
+    large, small = [], []
+    for _ in range(24):
+        for width in (1, 4, 2, 3):
+            large = [*large[-5:], torch.empty(width << 16)]  # 4 MB at once
+            small.append([torch.empty(()) for _ in range(10)])  # as nodes of a graph, held till the step's end
+
+with kept_memory():
+    before = libc.mallinfo2().arena
+    for _ in range(3):
+        step()
+    print(libc.mallinfo2().arena - before)
+"""
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+
+
+def told(program: str, tunables: str) -> list[int]:
+    """The numbers it prints."""
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [int(number) for number in done.stdout.split()]
+
+
+@glibc
+@pytest.mark.parametrize("tunables", ["", SPARING])
+def test_memory_is_kept_and_given_back(tunables: str) -> None:
+    kept, after = told(PROGRAM, tunables)
     assert kept > 100e6
     assert after < 10e6
+
+
+@glibc
+def test_a_sparing_heap_has_fewer_gaps() -> None:
+    (usual,), (sparing,) = told(LAYERS, ""), told(LAYERS, SPARING)
+    assert sparing < usual / 2
+
+
+@glibc
+def test_gaps_are_told_for_the_heap_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    usual = gaps(1000, 1000)
+    monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.malloc.perturb=1:{SPARING}")
+    assert gaps(1000, 1000) < usual / 2

@@ -1,25 +1,20 @@
 """How fast this machine is: a few products and element-wise operations, timed in a second or two.
 
-The figures are kept in the cache, for as many threads as they were measured with, so that a plan need not wait for them
-again; delete the file to have them measured anew.
+They are timed once in each process, and not kept: the same processor can be nearly twice as fast an hour later.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import psutil
 import torch
 
 from veneer.planning.machine import Machine, Rates
-from veneer.storage import cache_dir, write_json
 from veneer.training.preflight import available_memory
 
 _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))
@@ -33,31 +28,13 @@ _CACHES = 64 << 20
 
 def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
     """This machine's processor, measured for these dtypes and float32."""
-    path = _file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    overhead, rates = _read(path)
-    wanted = {str(each).removeprefix("torch.") for each in (*dtypes, torch.float32)}
-    if missing := wanted - rates.keys():
-        overhead = overhead or _overhead()
-        rates |= {name: _rates(getattr(torch, name)) for name in sorted(missing)}
-        write_json(path, {"overhead": overhead, "rates": {name: asdict(each) for name, each in rates.items()}})
+    threads = torch.get_num_threads()
+    rates = {str(each).removeprefix("torch."): _rates(each, threads) for each in (*dtypes, torch.float32)}
     memory = available_memory(torch.device("cpu"))
-    return Machine(_name(), memory, rates, overhead, None, measured=True, heap=True)
+    return Machine(_name(), memory, rates, _overhead(), None, measured=True, heap=True)
 
 
-def _file() -> Path:
-    return cache_dir() / "speed" / f"{platform.node() or 'here'}-{torch.get_num_threads()}-{torch.__version__}.json"
-
-
-def _read(path: Path) -> tuple[float, dict[str, Rates]]:
-    """What was measured before; nothing, if there is none or it can't be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return float(found["overhead"]), {name: Rates(**rates) for name, rates in found["rates"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return 0.0, {}
-
-
+@cache
 def _overhead() -> float:
     """Of an operation on a few numbers, with what autograd notes of it."""
     few = torch.ones(8, requires_grad=True)
@@ -68,7 +45,9 @@ def _name() -> str:
     return f"this machine ({torch.get_num_threads()} threads, {psutil.virtual_memory().total / 2**30:.0f} GiB)"
 
 
-def _rates(dtype: torch.dtype) -> Rates:
+@cache
+def _rates(dtype: torch.dtype, threads: int) -> Rates:
+    """With so many threads, which is what torch computes with now."""
     rows, seconds = [], []
     with torch.no_grad():
         for n, width, out in _PRODUCTS:

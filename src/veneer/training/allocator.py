@@ -1,24 +1,37 @@
-"""Memory that one training step frees and the next one needs again, kept by the process.
+"""The heap of a process that trains on a processor: memory is kept from step to step, and with few gaps.
 
 glibc's allocator returns large blocks to the system as they are freed, and the system hands out zeroed pages when they
-are asked for again: on a processor a tenth of a step, and more. While training goes on such blocks are kept.
+are asked for again: a tenth of a step, and more. While training goes on such blocks are kept.
+
+torch asks for blocks that begin at multiples of 64 bytes. glibc looks for one some 100 bytes larger, and what is left
+at both ends goes into its caches of small blocks, from which the next small object takes it. A block that is freed then
+cannot join what surrounds it, and is too short for another of its own size: steps in which much is made and freed hold
+up to three times what is alive. Without these caches, and with a stock of small blocks in the queues that small objects
+are served from, the ends mostly still lie there when their block is freed. The cache of each thread can only be turned
+off when a process begins (`sparing_environment`); the command ``veneer`` sees to it before it trains.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_OF_A_LAYER, _OF_ALL = 0.55, 0.13
+_TUNABLES, _NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
+_SHARES = {False: (0.55, 0.13), True: (0.1, 0.09)}
 """What glibc's heap holds in gaps between blocks, as shares of what a layer makes in a step and of what is alive at
-once: fitted to 26 measured steps (`benchmarks/planner.py`)."""
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+once; by whether it is sparing: fitted to 26 measured steps (`benchmarks/planner.py`)."""
+_FAST_BLOCKS, _TRIM_THRESHOLD, _MMAP_MAX = 1, -1, -4
 """From glibc's malloc.h."""
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
-_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536, _FAST_BLOCKS: 128}
 """The thresholds glibc itself arrives at once large blocks have been freed."""
+_ENDS = range(24, 105, 16)
+"""Bytes of what may be left at the ends of an aligned block."""
+_STOCK = 2000
+"""Small blocks of each such size: a step of a small model takes about as many."""
 
 
 def gaps(alive: float, made: float) -> int:
@@ -28,7 +41,16 @@ def gaps(alive: float, made: float) -> int:
         alive: bytes of activations, logits and workspace at once.
         made: bytes that a layer makes in a step, forward and backward.
     """
-    return round(_OF_A_LAYER * made + _OF_ALL * alive)
+    of_a_layer, of_all = _SHARES[_sparing()]
+    return round(of_a_layer * made + of_all * alive)
+
+
+def sparing_environment() -> dict[str, str] | None:
+    """Variables with which a process that trains should begin; None, where this one has them or they mean nothing."""
+    given = os.environ.get(_TUNABLES, "")
+    if _NO_CACHE in given or _glibc() is None:
+        return None
+    return {**os.environ, _TUNABLES: ":".join(filter(None, (given, f"{_NO_CACHE}=0")))}
 
 
 @contextlib.contextmanager
@@ -39,11 +61,28 @@ def kept_memory() -> Iterator[None]:
         yield
         return
     _set(libc, _KEEP)
+    stock = _stock(libc) if _sparing() else []
     try:
         yield
     finally:
+        for block in stock:
+            libc.free(block)
         _set(libc, _USUAL)
         libc.malloc_trim(0)
+
+
+def _sparing() -> bool:
+    """Whether this process began without its threads' caches of small blocks."""
+    return f"{_NO_CACHE}=0" in os.environ.get(_TUNABLES, "")
+
+
+def _stock(libc: Any) -> list[int]:
+    """Small blocks at the front of the queues; returns those between them, which keep them from being joined."""
+    _set(libc, {_FAST_BLOCKS: 0})
+    blocks = [[libc.malloc(size) for _ in range(2 * _STOCK)] for size in _ENDS]
+    for block in (block for same in blocks for block in same[::2]):
+        libc.free(block)
+    return [block for same in blocks for block in same[1::2]]
 
 
 def _set(libc: Any, options: Mapping[int, int]) -> None:
@@ -56,4 +95,8 @@ def _glibc() -> Any:
         libc = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows has no such handle
         return None
-    return libc if all(hasattr(libc, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim")) else None
+    if not all(hasattr(libc, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim")):
+        return None
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    return libc
