@@ -50,7 +50,7 @@ class Case:
     labelled: float = 1.0
 
 
-CASES = (
+FITTED = (
     Case(SMOL, "lora", 4, 256, "bfloat16", labelled=0.5),
     Case(SMOL, "lora", 8, 128, "bfloat16"),
     Case(SMOL, "lora", 2, 512, "bfloat16"),
@@ -78,6 +78,20 @@ CASES = (
     Case(MINI, "full", 16, 128, "float32"),
     Case(MINI, "head", 32, 128, "float32"),
 )
+"""The combinations to which the shares of memory in gaps were fitted."""
+OTHERS = (
+    Case(SMOL, "adalora", 4, 128, "bfloat16"),
+    Case(SMOL, "lora", 2, 256, "float32", checkpointing=True, labelled=0.5),
+    Case(SMOL, "pfeiffer", 2, 256, "bfloat16"),
+    Case(SMOL, "lokr", 4, 256, "bfloat16", labelled=0.25),
+    Case(SMOL, "ia3", 2, 768, "bfloat16", labelled=0.5),
+    Case(MINI, "vera", 16, 128, "float32"),
+    Case(MINI, "lora", 64, 32, "float32"),
+    Case(MINI, "houlsby", 16, 256, "float32", checkpointing=True),
+    Case(MINI, "bitfit", 8, 256, "float32"),
+    Case(MINI, "mam", 16, 128, "bfloat16"),
+)
+CASES = FITTED + OTHERS
 
 
 def predicted(case: Case, threads: int) -> dict[str, Any]:
@@ -193,11 +207,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{seen['memory'] / 1e6:>7.0f} MB{memory:>+8.1%}"
             f"{said['seconds']:>7.2f} s{seen['seconds']:>8.2f} s{seconds:>+8.1%}"
         )
-    for what, told in summary(rows).items() if rows else ():
-        print(
-            f"{what}: bias {told['bias']:+.1%}, greatest error {told['greatest']:+.1%}, "
-            f"{told['within']} of {told['of']} within {told['allowed']:.0%}"
-        )
+    for group, cases in (("fitted to", FITTED), ("others", OTHERS)):
+        own = [row for row in rows if Case(**row["case"]) in cases]
+        for what, told in summary(own).items() if own else ():
+            print(
+                f"{group}: {what}: bias {told['bias']:+.1%}, greatest error {told['greatest']:+.1%}, "
+                f"{told['within']} of {told['of']} within {told['allowed']:.0%}"
+            )
 
 
 def main() -> None:
