@@ -170,7 +170,7 @@ def main() -> None:
     runs = []
     for seed in range(options.rounds):
         for side in options.only:
-            runs.append(alone(one, side, seed, options.rows, options.threads, as_veneer=side == "veneer"))
+            runs.append(alone(one, side, seed, options.rows, options.threads))
             if not options.json:
                 print(json.dumps(runs[-1]), flush=True)
 

@@ -18,6 +18,7 @@ predicted / measured − 1, its mean the bias.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -194,6 +195,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return told
 
 
+def summaries(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the combinations that shares were fitted to, and of the others; those of which there are results."""
+    groups = {
+        name: [row for row in rows if Case(**row["case"]) in cases]
+        for name, cases in (("fitted to", FITTED), ("others", OTHERS))
+    }
+    return {name: summary(own) for name, own in groups.items() if own}
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     print(f"{'base':<22}{'method':<9}{'batch':>9} {'dtype':<9}{'ckpt':<5}{'labelled':>8}", end="")
@@ -207,13 +217,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{seen['memory'] / 1e6:>7.0f} MB{memory:>+8.1%}"
             f"{said['seconds']:>7.2f} s{seen['seconds']:>8.2f} s{seconds:>+8.1%}"
         )
-    for group, cases in (("fitted to", FITTED), ("others", OTHERS)):
-        own = [row for row in rows if Case(**row["case"]) in cases]
-        for what, told in summary(own).items() if own else ():
-            print(
-                f"{group}: {what}: bias {told['bias']:+.1%}, greatest error {told['greatest']:+.1%}, "
-                f"{told['within']} of {told['of']} within {told['allowed']:.0%}"
-            )
+    for (group, found), what in itertools.product(summaries(rows).items(), ("memory", "seconds")):
+        told = found[what]
+        print(
+            f"{group}: {what}: bias {told['bias']:+.1%}, greatest error {told['greatest']:+.1%}, "
+            f"{told['within']} of {told['of']} within {told['allowed']:.0%}"
+        )
 
 
 def main() -> None:
@@ -223,7 +232,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="that are timed")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--again", action="store_true", help="predict anew what has been measured already")
+    parser.add_argument(
+        "--again", action="store_true", help="predict anew what has been measured already, at the rates of this moment"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     done = results(options.results)
@@ -241,7 +252,7 @@ def main() -> None:
     if options.again:
         done = [{**row, "predicted": alone(predicted, Case(**row["case"]), options.threads)} for row in done]
     if options.json:
-        print(json.dumps({"rows": done, **summary(done)}, indent=2))
+        print(json.dumps({"rows": done, **summaries(done)}, indent=2))
     else:
         show(done)
 

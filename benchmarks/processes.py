@@ -1,4 +1,4 @@
-"""A process for each thing measured, begun as the command ``veneer`` begins it, or plainly."""
+"""A process for each thing measured, veneer's and its peers', begun as the command ``veneer`` begins."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def sparing(wanted: bool = True) -> Iterator[None]:
+def sparing() -> Iterator[None]:
     """Processes that start inside begin with the heap that `veneer train` has."""
-    with mock.patch.dict(os.environ, (sparing_environment() or {}) if wanted else {}):
+    with mock.patch.dict(os.environ, sparing_environment() or {}):
         yield
 
 
-def alone(function: Callable[..., T], *arguments: object, as_veneer: bool = True) -> T:
+def alone(function: Callable[..., T], *arguments: object) -> T:
     """What it returns, called in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    with sparing(as_veneer), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with sparing(), ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()

@@ -13,8 +13,8 @@ ratio of the medians of such pairs.
     forward       transformers' model without gradients, with its usual loss
 
 All run on the GPU where there is one. Memory is the most a process holds during steps (resident, or on the GPU), above
-that with the base loaded and run on a few tokens. veneer's process begins as that of `veneer train` does.
-`time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
+that with the base loaded and run on a few tokens. All begin as `veneer train` does, without
+glibc's thread caches of small blocks. `time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import sparing
+from benchmarks.processes import alone, sparing
 
 BASE = "smollm2-135m-instruct"
 ROWS, TOKENS = 4, 256
@@ -205,7 +205,7 @@ def running(variants: Sequence[Variant], threads: int) -> Iterator[list[Any]]:
         for variant in variants:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=serve, args=(variant, threads, theirs), daemon=True)
-            with sparing(variant.side == VENEER):
+            with sparing():
                 process.start()
             theirs.close()
             processes.append(process)
@@ -287,11 +287,14 @@ def profile(variant: Variant, threads: int) -> dict[str, float]:
     import torch
     from torch.profiler import ProfilerActivity
 
+    from veneer.training.allocator import kept_memory
+
     torch.set_num_threads(threads)
     step = stepper(loaded(variant), variant)
-    step()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    with kept_memory():
         step()
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            step()
     seconds: dict[str, float] = {}
     for event in profiled.key_averages(group_by_input_shape=True):
         kind = kind_of(event.key, {size for shape in event.input_shapes for size in shape})
@@ -333,7 +336,7 @@ def main() -> None:
     for method, dtype, labelled in itertools.product(*chosen):
         own = Variant(VENEER, method, dtype, labelled)
         if options.profile:
-            print(json.dumps({**asdict(own), "profile": profile(own, options.threads)}, indent=2))
+            print(json.dumps({**asdict(own), "profile": alone(profile, own, options.threads)}, indent=2))
             continue
         for row in compared(own, peers_of(own, options.threads), options.rounds, options.threads):
             rows.append(row)

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import veneer
 from helpers import sums, write_jsonl
 from veneer.cli.__main__ import COMMANDS, main
+from veneer.cli.launch import TRAINING
 from veneer.data import read
 from veneer.errors import FetchError
 
@@ -387,27 +389,47 @@ BEGUN = """
 import os, sys
 print(os.environ.get("GLIBC_TUNABLES"), os.getpid(), flush=True)
 sys.argv = ["veneer", {command!r}, "--help"]
+{before}
 from veneer.cli.launch import main
 main()
 """
+SPARING = "glibc.malloc.tcache_count=0"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 @pytest.mark.parametrize(
-    ("command", "given", "then"),
+    ("command", "given", "before", "then"),
     [
-        ("train", None, "glibc.malloc.tcache_count=0"),
-        ("plan", "glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
-        ("train", "glibc.malloc.tcache_count=3", None),
-        ("chat", None, None),
+        ("train", {}, "", SPARING),
+        ("plan", {"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}, "", f"glibc.malloc.perturb=1:{SPARING}"),
+        ("train", {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, "", None),
+        ("train", {"VENEER_BEGUN": "1"}, "", None),  # something took the variable away
+        ("train", {"LD_PRELOAD": "/nowhere/libjemalloc.so.2"}, "", None),
+        ("train", {}, "sys.settrace(lambda *told: None)", None),
+        ("train", {}, "sys.executable += '-gone'", None),
+        ("train", {}, "import veneer.cli.launch as launch; launch._GPUS = ('/',)", None),
+        ("chat", {}, "", None),
     ],
 )
-def test_what_trains_begins_again_with_a_sparing_heap(command: str, given: str | None, then: str | None) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {} if given is None else {"GLIBC_TUNABLES": given}
-    program = [sys.executable, "-c", BEGUN.format(command=command)]
-    told = subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
+def test_what_trains_begins_again_with_a_sparing_heap(
+    command: str, given: dict[str, str], before: str, then: str | None
+) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "VENEER_BEGUN")}
+    program = [sys.executable, "-c", BEGUN.format(command=command, before=before)]
+    told = subprocess.run(program, capture_output=True, text=True, check=True, env=own | given).stdout
     begun = re.findall(r"^(\S+) (\d+)$", told, re.MULTILINE)
-    assert [tunables for tunables, _ in begun] == [str(given), *([then] if then else [])]
+    assert [tunables for tunables, _ in begun] == [str(given.get("GLIBC_TUNABLES")), *([then] if then else [])]
     assert len({number for _, number in begun}) == 1
     assert f"veneer {command}" in told
+
+
+def test_both_ways_in_begin_again() -> None:
+    (entry,) = entry_points(group="console_scripts", name="veneer")
+    assert entry.value == "veneer.cli.launch:main"
+    assert set(COMMANDS) >= TRAINING
+    program = [sys.executable, "-X", "importtime", "-m", "veneer", "train", "--help"]
+    own = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "VENEER_BEGUN")}
+    done = subprocess.run(program, capture_output=True, text=True, check=True, env=own)
+    times = 2 if platform.libc_ver()[0] == "glibc" else 1
+    assert done.stderr.count("veneer.cli.launch") == times
+    assert done.stdout.count("veneer train") > 0

@@ -392,8 +392,12 @@ def test_the_largest_base_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["bases"][-1]["quantize"] == "nf4"
 
 
-def test_a_heap_holds_more_than_is_alive_and_a_gpu_is_counted_in_blocks() -> None:
+@pytest.mark.parametrize("sparing", [False, True])
+def test_a_heap_holds_more_than_is_alive_and_a_gpu_is_counted_in_blocks(
+    sparing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The more, the more a layer makes: computing it twice leaves larger gaps beside less."""
+    monkeypatch.setattr("veneer.training.allocator._sparing", lambda: sparing)
     gaps = {}
     for checkpointing in (False, True):
         request = Request(
@@ -401,6 +405,6 @@ def test_a_heap_holds_more_than_is_alive_and_a_gpu_is_counted_in_blocks() -> Non
         )
         parts = plan(request).methods[0].train_memory
         gaps[checkpointing] = parts["gaps"] / (parts["activations"] + parts["workspace"])
-    assert gaps[True] > gaps[False] > 0.1
+    assert gaps[True] > 1.2 * gaps[False] > 0
     (row,) = plan(replace(request, device="rtx-4090")).methods
     assert row.train_memory["gaps"] == 0

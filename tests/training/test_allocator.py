@@ -9,8 +9,6 @@ import sys
 
 import pytest
 
-from veneer.training.allocator import gaps
-
 SPARING = "glibc.malloc.tcache_count=0"
 PROGRAM = """
 import resource, torch
@@ -48,7 +46,7 @@ def step():
     large, small = [], []
     for _ in range(24):
         for width in (1, 4, 2, 3):
-            large = [*large[-5:], torch.empty(width << 16)]
+            large = [*large[-5:], torch.empty(width << 16)]  # seven, while it is made
             small += [libc.malloc(some.choice((24, 40, 56, 72, 88))) for _ in range(20)]
             for _ in range(10):
                 libc.free(small.pop(some.randrange(len(small))))
@@ -83,13 +81,18 @@ def test_memory_is_kept_and_given_back(tunables: str) -> None:
 @glibc
 def test_a_sparing_heap_has_fewer_gaps() -> None:
     (usual,), (sparing,) = told(LAYERS, ""), told(LAYERS, SPARING)
-    alive = 16 << 18  # of six
+    alive = 19 << 18
     assert sparing < 1.5 * alive < usual / 3
 
 
 @glibc
-def test_gaps_are_told_for_the_heap_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    usual = gaps(1000, 1000)
-    monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.malloc.perturb=1:{SPARING}")
-    assert gaps(1000, 1000) < usual / 2
+@pytest.mark.parametrize(
+    ("tunables", "told_of"),
+    [("", 680), (SPARING, 190), (f"{SPARING}:glibc.malloc.perturb=1", 190), (f"{SPARING}7", 680)],
+)
+def test_gaps_are_told_for_the_heap_the_process_began_with(tunables: str, told_of: int) -> None:
+    program = (
+        "import os; os.environ['GLIBC_TUNABLES'] = ''; from veneer.training.allocator import gaps; "
+        "print(gaps(1000, 1000))"
+    )
+    assert told(program, tunables) == [told_of]

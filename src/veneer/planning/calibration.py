@@ -1,6 +1,7 @@
 """How fast this machine is: a few products and element-wise operations, timed in a second or two.
 
-They are timed once in each process, and not kept: the same processor can be nearly twice as fast an hour later.
+They are timed once in each process, and not kept for others: the same processor can be nearly twice as fast an hour
+later.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _name() -> str:
 
 @cache
 def _rates(dtype: torch.dtype, threads: int) -> Rates:
-    """With so many threads, which is what torch computes with now."""
+    """``threads`` is what torch computes with now: with another number rates are others."""
     rows, seconds = [], []
     with torch.no_grad():
         for n, width, out in _PRODUCTS:

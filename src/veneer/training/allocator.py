@@ -16,18 +16,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-_TUNABLES, _NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
+_TUNABLES, _CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 _SHARES = {False: (0.55, 0.13), True: (0.1, 0.09)}
 """What glibc's heap holds in gaps between blocks, as shares of what a layer makes in a step and of what is alive at
-once; by whether it is sparing: fitted to 26 measured steps (`benchmarks/planner.py`)."""
+once; by whether it is sparing: fitted to 26 measured steps (`benchmarks/planner.py`) on either heap."""
 _FAST_BLOCKS, _TRIM_THRESHOLD, _MMAP_MAX = 1, -1, -4
 """From glibc's malloc.h."""
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
-_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536, _FAST_BLOCKS: 128}
+_USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_MAX: 65536}
 """The thresholds glibc itself arrives at once large blocks have been freed."""
+_FAST = 16 * ctypes.sizeof(ctypes.c_void_p)
+"""Bytes of the largest fast block, by default."""
 _ENDS = range(24, 105, 16)
 """Bytes of what may be left at the ends of an aligned block."""
 _STOCK = 2000
@@ -46,43 +51,61 @@ def gaps(alive: float, made: float) -> int:
 
 
 def sparing_environment() -> dict[str, str] | None:
-    """Variables with which a process that trains should begin; None, where this one has them or they mean nothing."""
+    """Variables with which a process that trains should begin.
+
+    Returns:
+        None, where they would mean nothing (another allocator, another C library) or say something of this already.
+    """
     given = os.environ.get(_TUNABLES, "")
-    if _NO_CACHE in given or _glibc() is None:
+    if _CACHE in given or "malloc" in os.environ.get("LD_PRELOAD", "") or _glibc() is None:
         return None
-    return {**os.environ, _TUNABLES: ":".join(filter(None, (given, f"{_NO_CACHE}=0")))}
+    return {**os.environ, _TUNABLES: ":".join(filter(None, (given, f"{_CACHE}=0")))}
 
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside the block, freed memory stays with the process; nothing, where the C library is not glibc."""
+    """Inside the block, freed memory stays with the process, and small blocks are in stock where it began sparing;
+    nothing, where the C library is not glibc."""
     libc = _glibc()
     if libc is None:
         yield
         return
-    _set(libc, _KEEP)
-    stock = _stock(libc) if _sparing() else []
     try:
-        yield
+        _set(libc, _KEEP)
+        with _stock(libc) if _sparing() else contextlib.nullcontext():
+            yield
     finally:
-        for block in stock:
-            libc.free(block)
         _set(libc, _USUAL)
         libc.malloc_trim(0)
 
 
+@cache
 def _sparing() -> bool:
     """Whether this process began without its threads' caches of small blocks."""
-    return f"{_NO_CACHE}=0" in os.environ.get(_TUNABLES, "")
+    try:
+        began = Path("/proc/self/environ").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return False
+    given = next((each for each in began if each.startswith(f"{_TUNABLES}=")), "")
+    return re.findall(rf"{re.escape(_CACHE)}=([^:]*)", given)[-1:] == ["0"]
 
 
-def _stock(libc: Any) -> list[int]:
-    """Small blocks at the front of the queues; returns those between them, which keep them from being joined."""
+@contextlib.contextmanager
+def _stock(libc: Any) -> Iterator[None]:
+    """Inside the block, there are small blocks in the queues; others between them keep them from being joined."""
     _set(libc, {_FAST_BLOCKS: 0})
-    blocks = [[libc.malloc(size) for _ in range(2 * _STOCK)] for size in _ENDS]
-    for block in (block for same in blocks for block in same[::2]):
-        libc.free(block)
-    return [block for same in blocks for block in same[1::2]]
+    between = []
+    try:
+        for size in _ENDS:
+            blocks = [libc.malloc(size) for _ in range(2 * _STOCK)]
+            between += blocks[1::2]
+            for block in blocks[::2]:
+                libc.free(block)
+        yield
+    finally:
+        for block in between:
+            libc.free(block)
+        _set(libc, {_FAST_BLOCKS: _FAST})
 
 
 def _set(libc: Any, options: Mapping[int, int]) -> None:

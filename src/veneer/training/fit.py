@@ -13,7 +13,6 @@ from veneer.adapters import Adapter, files
 from veneer.data import Part
 from veneer.errors import ConfigError, Interrupted, OutputError, TrainingError, VeneerError
 from veneer.tasks import Checked, Task
-from veneer.training.allocator import kept_memory
 from veneer.training.checkpoints import Schedule, step_of
 from veneer.training.course import Conduct
 from veneer.training.distillation import Distillation
@@ -115,7 +114,7 @@ def fit(
     if settings.checkpointing:
         base.enable_checkpointing()
     try:
-        with interruption, kept_memory():
+        with interruption:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except VeneerError as error:
         if isinstance(error, TrainingError) and error.rows:

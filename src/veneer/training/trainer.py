@@ -26,6 +26,7 @@ from veneer.data.formats import TASK
 from veneer.errors import TrainingError
 from veneer.tasks import Prepared, Task
 from veneer.tasks.conditions import conditioned
+from veneer.training.allocator import kept_memory
 from veneer.training.checkpoints import discard_all_but, whole
 from veneer.training.course import Conduct
 from veneer.training.distillation import Distillation
@@ -84,6 +85,11 @@ class Trainer(transformers.Trainer):
         self._conduct = conduct
         if conduct is not None:
             self.add_callback(conduct)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """With memory kept from step to step, where a processor computes."""
+        with kept_memory() if self.args.device.type == "cpu" else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of the task's, and the rows it is made of."""

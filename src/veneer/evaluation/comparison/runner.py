@@ -21,6 +21,7 @@ from veneer.evaluation.comparison.config import CompareConfig, Entry, head_basel
 from veneer.evaluation.comparison.data import checked
 from veneer.evaluation.comparison.schedule import OUTPUT, PARENT, RESULT, Run, plain_bases, rate, searches, trainings
 from veneer.storage import write_text
+from veneer.training.allocator import sparing_environment
 from veneer.training.progress import duration
 
 CONFIG = "compare.yaml"
@@ -120,7 +121,8 @@ class _Runner:
     def _start(self, run: Run) -> subprocess.Popen[bytes]:
         folder = run.prepare(self.output)
         threads = max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) // self.jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= sparing_environment() or os.environ
         environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", PARENT: str(os.getpid())}
         command = [sys.executable, "-m", "veneer.evaluation.comparison.worker", str(folder)]
         with (folder / OUTPUT).open("wb") as log:
