@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from veneer.training.allocator import sparing_environment
+
 SPARING = "glibc.malloc.tcache_count=0"
 PROGRAM = """
 import resource, torch
@@ -96,3 +98,14 @@ def test_gaps_are_told_for_the_heap_the_process_began_with(tunables: str, told_o
         "print(gaps(1000, 1000))"
     )
     assert told(program, tunables) == [told_of]
+
+
+@glibc
+def test_few_shapes_products_are_kept_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "LD_PRELOAD", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    environment = sparing_environment()
+    assert environment is not None
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert environment["LRU_CACHE_CAPACITY"] == "7"
