@@ -407,7 +407,7 @@ SPARING = "glibc.malloc.tcache_count=0"
         ("train", {"LD_PRELOAD": "/nowhere/libjemalloc.so.2"}, "", None),
         ("train", {}, "sys.settrace(lambda *told: None)", None),
         ("train", {}, "sys.executable += '-gone'", None),
-        ("train", {}, "import veneer.cli.launch as launch; launch._GPUS = ('/',)", None),
+        ("train", {}, "import veneer.training.allocator as heap; heap._GPUS = ('/',)", None),
         ("chat", {}, "", None),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from veneer.training.allocator import sparing_environment
@@ -17,7 +16,6 @@ from veneer.training.allocator import sparing_environment
 TRAINING = {"advise", "compare", "demo", "doctor", "lr-find", "plan", "sweep", "train"}
 _BEGUN = "VENEER_BEGUN"
 """Set in the second process: once is enough, even where something takes the other variable away."""
-_GPUS = ("/dev/nvidia0", "/dev/kfd")
 
 
 def main() -> NoReturn:
@@ -33,7 +31,7 @@ def _begin_again() -> None:
     """With a sparing heap; nothing, where that isn't needed, or would disturb who watches this process."""
     watched = sys.gettrace() or sys.getprofile()
     own_program = sys.orig_argv[1:2] != ["-"]  # else it is on stdin, and read already
-    if _BEGUN in os.environ or watched or not own_program or any(Path(each).exists() for each in _GPUS):
+    if _BEGUN in os.environ or watched or not own_program:
         return
     environment = sparing_environment()
     if environment is not None and sys.executable:
