@@ -84,7 +84,8 @@ def test_memory_is_kept_and_given_back(tunables: str) -> None:
 def test_a_sparing_heap_has_fewer_gaps() -> None:
     (usual,), (sparing,) = told(LAYERS, ""), told(LAYERS, SPARING)
     alive = 19 << 18
-    assert sparing < 1.5 * alive < usual / 3
+    assert sparing < 1.25 * alive
+    assert usual > 1.5 * alive  # 1.64 or 5.86 times: where the program's own objects come to lie is chance
 
 
 @glibc
