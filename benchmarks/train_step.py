@@ -138,18 +138,24 @@ def own_step(base: Any, variant: Variant, batch: dict[str, Any]) -> Callable[[],
 
     from veneer.methods import method_class
     from veneer.tasks.causal_lm import CausalLM
+    from veneer.training.passes import parts
+    from veneer.training.settings import TrainSettings
 
     adapter = base.attach(method_class(variant.method)(**SETTINGS[variant.method]), "a", seed=0)
     adapter.train()
     task, optimizer = CausalLM(), torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
+    passes = parts(batch, TrainSettings().tokens_of_a_pass(base.device), task.by_token)
+    items = task.items(batch)
 
     def step() -> float:
         optimizer.zero_grad()
-        outcome = task.outcome(adapter, batch)
-        loss = outcome.loss / outcome.items
-        loss.backward()
+        total = 0.0
+        for part in passes:
+            loss = task.outcome(adapter, part).loss / items
+            loss.backward()
+            total += float(loss.detach())
         optimizer.step()
-        return float(loss.detach())
+        return total
 
     return step
 

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.kernels import attention as attention_kernel
-from veneer.kernels import cross_entropy
+from veneer.kernels import cross_entropy, products
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import add_low_rank, low_rank_linears
+from veneer.kernels.products import frozen_linear, linear, plus_linear
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -268,6 +269,71 @@ def test_what_is_kept_for_the_backward() -> None:
     assert kept(lambda: cross_entropy_sum(x, vocabulary, None, targets)[0]) == x.nbytes
     q = numbers(2, 4, 32, 16, dtype=torch.bfloat16)
     assert kept(lambda: attention(q, q, q, None, False, 0.25)) == 2 * q.nbytes + 2 * 4 * 32 * 4
+
+
+ONES = torch.linspace(0.5, 1.5, 256, dtype=torch.float64)
+"""A norm's weight."""
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (lambda x, up: gated(x, up, F.silu), lambda x, up: F.silu(x) * up),
+        (lambda x, _: rms_norm(x, ONES, 1e-5, rounded=True), lambda x, _: F.rms_norm(x, [256], ONES, 1e-5)),
+    ],
+)
+def test_what_can_be_computed_again_is_not_kept(ours: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
+    x, up, a, b = numbers(64, 256), numbers(64, 256, seed=1), numbers(4, 256, seed=2), numbers(32, 4, seed=3)
+    weight = torch.randn(32, 256, dtype=torch.float64)
+
+    def changed(x: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return low_rank_linears(ours(x, up) + 0 * up.sum(), [weight], [None], [a], [b], [2.0])[0]
+
+    def again(x: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return low_rank_linears(ours(x, up), [weight], [None], [a], [b], [2.0])[0] + 0 * up.sum()
+
+    def reference(x: Tensor, up: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = plain(x, up)
+        return F.linear(y, weight) + 2 * (y @ a.T) @ b.T + 0 * up.sum()
+
+    inputs = (x, up, a, b)
+    compared(again, reference, *inputs)
+    assert kept(lambda: changed(*inputs)) - kept(lambda: again(*inputs)) == x.nbytes
+
+
+def test_what_somebody_wrote_into_is_kept() -> None:
+    x, a, b = numbers(8, 16), numbers(2, 16, seed=1), numbers(4, 2, seed=2)
+    ones, weight = torch.ones(16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return low_rank_linears(rms_norm(x, ones, 1e-5, rounded=True).mul_(3), [weight], [None], [a], [b], [2.0])[0]
+
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = 3 * F.rms_norm(x, [16], ones, 1e-5)
+        return F.linear(y, weight) + 2 * (y @ a.T) @ b.T
+
+    compared(ours, plain, x, a, b)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_by_either_library(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "one_dnn", lambda: faster)
+    for n, wide, out in ((5, 7, 9), (0, 7, 9), (3, 0, 4), (1, 64, 3), (130, 96, 64)):
+        x, weight, y = (torch.randn(*shape) for shape in ((n, wide), (out, wide), (n, out)))
+        bias, expected = torch.randn(out), x @ weight.T
+        for given in (weight, weight.T.contiguous().T, nn.Parameter(weight, requires_grad=False)):
+            assert torch.allclose(linear(x, given), expected, atol=1e-4)
+            assert torch.allclose(linear(x, given, bias), expected + bias, atol=1e-4)
+            assert torch.allclose(plus_linear(y.clone(), x, given), expected + y, atol=1e-4)
+        assert torch.allclose(linear(x, weight, room=torch.empty(n, out)), expected, atol=1e-4)
+    x = numbers(2, 5, 7, dtype=torch.float32)
+    weight, bias = torch.randn(9, 7), torch.randn(9)
+    results = []
+    for function in (frozen_linear, F.linear):
+        output = function(x, weight, bias)
+        results.append((output, *torch.autograd.grad(output.square().sum(), x)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:

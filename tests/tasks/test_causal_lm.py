@@ -148,6 +148,21 @@ def test_loss_at_labelled_tokens_equals_the_models_own(smollm: veneer.Base) -> N
     assert logits.shape[:2] == batch["input_ids"].shape  # the head is whole again
 
 
+def test_a_known_projection_is_not_run_while_the_loss_is_computed(smollm: veneer.Base) -> None:
+    task, head = CausalLM(), smollm.model.get_output_embeddings()
+    batch = task.collate([each for row in sums(2) for each in task.encode(row, smollm.tokenizer)], smollm.tokenizer)
+    outcomes, given = [], []
+    with torch.no_grad():
+        for _ in range(2):
+            outcomes.append(task.outcome(smollm.model, batch).loss)
+            watch = head.register_forward_hook(lambda module, args, output: given.append(output))
+            outcomes.append(task.outcome(smollm.model, batch).loss)
+            watch.remove()
+    assert len(set(map(float, outcomes))) == 1
+    assert all(each.shape == (1, 49152) and not each.any() for each in given)
+    assert "forward" not in vars(head)
+
+
 def test_generation_is_the_same_alone_and_in_a_batch() -> None:
     """In float32: in bf16 near ties fall either way with the padding, in any framework."""
     smollm = veneer.load_base("smollm2-135m-instruct", dtype="float32")

@@ -108,5 +108,5 @@ def test_few_shapes_products_are_kept_unless_the_user_says_how_many(monkeypatch:
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     environment = sparing_environment()
     assert environment is not None
-    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     assert environment["LRU_CACHE_CAPACITY"] == "7"

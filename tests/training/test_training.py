@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -153,11 +154,27 @@ def test_batches_computed_in_parts_give_the_same_weights(tiny_folder: Path) -> N
 
 def test_parts_hold_every_row_once() -> None:
     batch = {"attention_mask": torch.ones(7, 10), "input_ids": torch.arange(70).view(7, 10), "task": list("abcdefg")}
-    for tokens, sizes in ((0, [7]), (70, [7]), (69, [3, 4]), (20, [1, 2, 2, 2]), (1, [1] * 7)):
+    for tokens, sizes in ((0, [7]), (70, [7]), (69, [3, 4]), (50, [3, 4]), (20, [1, 2, 2, 2]), (1, [1] * 7)):
         found = parts(batch, tokens)
         assert [len(part["task"]) for part in found] == sizes
         assert torch.equal(torch.cat([part["input_ids"] for part in found]), batch["input_ids"])
         assert [task for part in found for task in part["task"]] == batch["task"]
+
+
+def test_parts_cost_least() -> None:
+    lengths = [200, 190, 150, 40, 40, 40, 30, 2]
+    mask = (torch.arange(200) < torch.tensor(lengths)[:, None]).long()
+    for tokens, sizes in ((1600, [3, 5]), (600, [3, 5]), (400, [2, 1, 5]), (250, [1, 1, 1, 5]), (150, [1, 1, 1, 3, 2])):
+        assert [len(part["attention_mask"]) for part in parts({"attention_mask": mask}, tokens)] == sizes
+    for tokens in (1600, 400, 250):
+        found = [part["attention_mask"].sum(1) for part in parts({"attention_mask": mask}, tokens)]
+        cost = sum(len(part) * int(part.max()) + 150 for part in found)
+        assert cost == min(
+            sum(150 + (last - first) * lengths[first] for first, last in itertools.pairwise((0, *cuts, 8)))
+            for number in range(8)
+            for cuts in itertools.combinations(range(1, 8), number)
+            if all((b - a) * lengths[a] <= tokens for a, b in itertools.pairwise((0, *cuts, 8)))
+        )
 
 
 def test_parts_are_without_padding_they_do_not_need() -> None:
@@ -165,8 +182,8 @@ def test_parts_are_without_padding_they_do_not_need() -> None:
     mask = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()
     batch = {"attention_mask": mask, "input_ids": torch.arange(50).view(5, 10) * mask, "vector": torch.ones(5, 10)}
     found = parts({**batch, "task": list("abcde")}, 20, ("attention_mask", "input_ids"))
-    assert [part["task"] for part in found] == [["d"], ["b", "a"], ["e", "c"]]
-    assert [tuple(part["input_ids"].shape) for part in found] == [(1, 10), (2, 9), (2, 2)]
+    assert [part["task"] for part in found] == [["d", "b"], ["a", "e", "c"]]
+    assert [tuple(part["input_ids"].shape) for part in found] == [(2, 10), (3, 3)]
     assert sum(int(part["input_ids"].sum()) for part in found) == int(batch["input_ids"].sum())
     assert all(part["vector"].shape == (len(part["task"]), 10) for part in found)  # not by token
 

@@ -4,8 +4,10 @@
     RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
     rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
+    linear maps     float32 products by the faster library         `veneer.kernels.products`
 
-A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers.
+A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers;
+linear maps, of which there is one kind, the same but for what two libraries round differently.
 Nothing of it stays: the modules' own methods are back when the forward is over.
 """
 
@@ -26,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from veneer.kernels import attention as kernel
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
+from veneer.kernels.products import frozen_linear, one_dnn
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -155,6 +158,9 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
                 break
         else:
             kind = type(module)
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32 and one_dnn():
+                yield module, functools.partial(linear_map, module)
+                continue
             if kind not in turning:
                 turning[kind] = _with_rotary(kind)
             if (turned := turning[kind]) is not None:
@@ -225,6 +231,15 @@ def _as_gated(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
 
 def _gated_layer(module: Any, x: Tensor) -> Any:
     return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
+
+
+def linear_map(module: nn.Linear, x: Tensor) -> Tensor:
+    """What the module computes."""
+    weight, bias = module.weight, module.bias
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if x.dtype == weight.dtype == torch.float32 and frozen and not torch.is_autocast_enabled(x.device.type):
+        return frozen_linear(x, weight, bias)
+    return nn.Linear.forward(module, x)
 
 
 def _same(module: nn.Module, forward: Forward) -> bool:

@@ -68,7 +68,8 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
         mask = _added(query, mask, causal)
-        output = torch.empty_like(query)
+        rows, heads, queries, width = query.shape
+        output = query.new_empty(rows, queries, heads, width).transpose(1, 2)  # as what comes next takes it
         logs = torch.empty(query.shape[:3], dtype=wider(query.dtype), device=query.device)
         for own, seen, masks in _parts(query, key, mask, causal):
             output[own], logs[own] = _attended(query[own], key[seen], value[seen], masks, scale)

@@ -9,6 +9,7 @@ backward needs is ``∂loss/∂h`` alone (``∂loss/∂W``, ``∂loss/∂b`` whe
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.precision import wider
+from veneer.kernels.products import linear
 from veneer.kernels.rounds import in_steps
 
-_PRODUCT = 12_500_000
-"""Logits in a chunk: enough for products to run at full speed."""
+_PRODUCT = 12 << 20
+"""Logits in a chunk at most: enough for products to run at full speed."""
 _CACHED = 1_600_000
 """Logits that are worked on at a time: few enough for caches."""
 
@@ -60,13 +62,14 @@ class _CrossEntropySum(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if learned[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if learned[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if learned[2] else None
-        rows = min(max(_PRODUCT // len(weight), 16), len(hidden))
+        most = max(_PRODUCT // len(weight), 16)
+        rows = math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1))  # about as many in each
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
         room, work = hidden.new_empty(rows, len(weight)), hidden.new_empty(few, len(weight), dtype=wide)
         for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
-            logits = torch.mm(h, weight.t(), out=room[: len(h)])
+            logits = linear(h, weight, room=room[: len(h)])
             if bias is not None:
                 logits += bias
             correct += _hits(logits, t)
@@ -74,7 +77,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 own = t[first : first + few]
                 loss += _loss(logits[first : first + few], own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[place : place + rows])
+                d_hidden[place : place + rows] = linear(logits, weight.t())
             if d_weight is not None:
                 d_weight += logits.t() @ h
             if d_bias is not None:

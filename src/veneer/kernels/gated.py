@@ -8,17 +8,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.again import computed_again
+
 
 def gated(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """``act(gate) ⊙ up``; ``act`` is element-wise and has no parameters."""
-    result: Tensor = _Gated.apply(gate, up, act)
-    return result
+    return computed_again(_Gated.apply(gate, up, act), partial(_product, act), gate, up)
+
+
+def _product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act(gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
@@ -26,7 +32,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return act(gate).mul_(up)
+        return _product(act, gate, up)
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,8 @@
     y = x Wᵀ + b + s · h Bᵀ,   h = x Aᵀ
     dB = s · dyᵀ h,   dh = s · dy B,   dA = dhᵀ x,   dx = dy W + dh A
 
-Nothing is kept for the backward but x, which the network has anyway, and the ``[n, r]`` product. Additions happen
+Nothing is kept for the backward but x, or what it is computed from, which the network has anyway, and the ``[n, r]``
+product. Additions happen
 inside products: the change is added by that with B, in dx by that with A. A and B may be wider than x: products run in
 x's dtype. Maps of one input share the products with A, which are too thin to be fast by themselves, and one dx.
 """
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from veneer.kernels.again import to_keep
+from veneer.kernels.products import linear, plus_linear
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -43,7 +46,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-        inner = (flat @ a.t()).mul_(scale)
+        inner = linear(flat, a).mul_(scale)
         ctx.save_for_backward(flat, a, b, inner)
         ctx.scale = scale
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view_as(y)
@@ -54,7 +57,7 @@ class _AddLowRank(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         for_x, _, for_a, for_b, _ = ctx.needs_input_grad
         dy = gradient.reshape(-1, gradient.shape[-1])
-        dh = (dy @ b).mul_(ctx.scale) if for_x or for_a else inner
+        dh = linear(dy, b.t()).mul_(ctx.scale) if for_x or for_a else inner
         dx = (dh @ a).view(*gradient.shape[:-1], -1) if for_x else None
         return dx, gradient, dh.t() @ x if for_a else None, dy.t() @ inner if for_b else None, None
 
@@ -68,11 +71,13 @@ class _LowRankLinears(torch.autograd.Function):
         joined = _joined(a).to(x.dtype)
         b = tuple(each.to(x.dtype) for each in b)
         ctx.ranks = [len(each) for each in a]
-        inner = flat @ joined.t()
+        inner = linear(flat, joined)
         parts = _scaled(inner.split(ctx.ranks, 1), scales)
-        ctx.save_for_backward(x, joined, inner, *b)
+        ctx.input, sources = to_keep(x)
+        ctx.save_for_backward(joined, inner, *b, *sources)
+        ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        outputs = [F.linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
+        outputs = [linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
         for output, part, factor in zip(outputs, parts, b, strict=True):
             output.addmm_(part, factor.t())
         # no views: autograd refuses to let anybody write into a view that is one of several outputs
@@ -81,10 +86,11 @@ class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, a, inner, *b = ctx.saved_tensors
+        a, inner, *rest = ctx.saved_tensors
+        b, sources = rest[: len(ctx.weights)], rest[len(ctx.weights) :]
         for_x, _, _, _, *for_factors = ctx.needs_input_grad
         for_a, for_b = for_factors[: len(b)], for_factors[len(b) :]
-        flat, parts = x.reshape(-1, x.shape[-1]), inner.split(ctx.ranks, 1)
+        parts = inner.split(ctx.ranks, 1)
         dys = {at: dy.reshape(-1, dy.shape[-1]) for at, dy in enumerate(gradients) if dy is not None}
         da: list[Tensor | None] = [None] * len(b)
         db: list[Tensor | None] = [None] * len(b)
@@ -95,18 +101,18 @@ class _LowRankLinears(torch.autograd.Function):
             if for_b[at]:
                 db[at] = dy.t() @ parts[at]
         if for_x or any(for_a):
-            dh = _joined(_scaled([dy @ b[at] for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
+            dh = _joined(_scaled([linear(dy, b[at].t()) for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
             if any(for_a):
-                rows = (dh.t() @ flat).split([ctx.ranks[at] for at in dys])
+                rows = (dh.t() @ ctx.input(*sources).reshape(-1, ctx.shape[-1])).split([ctx.ranks[at] for at in dys])
                 for at, row in zip(dys, rows, strict=True):
                     da[at] = row if for_a[at] else None
             if for_x:
                 (first, dy), *others = dys.items()
-                dx = dy @ ctx.weights[first]
+                dx = linear(dy, ctx.weights[first].t())
                 for at, dy in others:
-                    dx.addmm_(dy, ctx.weights[at])
+                    dx = plus_linear(dx, dy, ctx.weights[at].t())
                 every = a.split(ctx.ranks)
-                dx = dx.addmm_(dh, a if len(dys) == len(b) else _joined([every[at] for at in dys])).view_as(x)
+                dx = dx.addmm_(dh, a if len(dys) == len(b) else _joined([every[at] for at in dys])).view(ctx.shape)
         return dx, None, None, None, *da, *db
 
 

@@ -8,12 +8,14 @@ in its own dtype, and ρ, one number a position.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.again import computed_again
 from veneer.kernels.precision import wider
 
 
@@ -26,22 +28,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rounded: bool) -> Tensor:
         eps: ε.
         rounded: round x̂ to the dtype before it is weighted, as most models do, rather than after.
     """
-    result: Tensor = _RMSNorm.apply(x, weight, eps, rounded)
-    return result
+    y, rho = _RMSNorm.apply(x, weight, eps, rounded)
+    return computed_again(y, partial(_normed, rounded), x, weight, rho)
+
+
+def _normed(rounded: bool, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    normed = x.to(rho.dtype, copy=True).mul_(rho)  # operands of one dtype: mixed ones are far slower
+    return normed.to(x.dtype).mul_(weight) if rounded else normed.mul_(weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded: bool) -> Tensor:
-        wide = x.to(wider(x.dtype), copy=True)
-        rho = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded: bool) -> tuple[Tensor, Tensor]:
+        rho = x.to(wider(x.dtype)).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rho)
-        normed = wide.mul_(rho)  # operands of one dtype: mixed ones are far slower
-        return normed.to(x.dtype).mul_(weight) if rounded else normed.mul_(weight).to(x.dtype)
+        ctx.mark_non_differentiable(rho)
+        return _normed(rounded, x, weight, rho), rho
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
         x, weight, rho = ctx.saved_tensors
         dy = gradient.to(rho.dtype, copy=True).mul_(weight.to(rho.dtype))
         normed = x.to(rho.dtype, copy=True).mul_(rho)

@@ -2,7 +2,8 @@
 
 Memory and time of the vocabulary's product follow the labelled tokens, not all tokens. And where the projection's
 output are the model's logits, with nothing more done to them, the loss is computed from the projection's input, a
-chunk of positions at a time (`veneer.kernels.cross_entropy`), and the model gets a single position's logits.
+chunk of positions at a time (`veneer.kernels.cross_entropy`), and the model gets a single position's logits; noughts
+once that is known of it.
 """
 
 from __future__ import annotations
@@ -118,7 +119,12 @@ def _loss_instead(head: nn.Linear, model: nn.Module, positions: Tensor, targets:
 
     # Last of its hooks: by then the module has the parameters it runs on.
     with _hooked(head.register_forward_pre_hook(take), head.register_forward_hook(note)):
-        yield found
+        if head in _last:  # nobody reads the logits: even those of one position take all of the weight to compute
+            head.__dict__["forward"] = lambda hidden: hidden.new_zeros(1, len(head.weight))
+        try:
+            yield found
+        finally:
+            head.__dict__.pop("forward", None)
 
 
 def _at(positions: Tensor, hidden: Tensor, model: nn.Module) -> Tensor:

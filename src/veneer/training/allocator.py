@@ -38,7 +38,7 @@ _FAST = 16 * ctypes.sizeof(ctypes.c_void_p)
 """Bytes of the largest fast block, by default."""
 _ENDS = range(24, 105, 16)
 """Bytes of what may be left at the ends of an aligned block."""
-_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """Shapes whose code is kept, by oneDNN and by torch; a step took some 40 for each number of tokens."""
 _STOCK = 2000
 """Small blocks of each such size; 500 to 5,000 did about as well."""

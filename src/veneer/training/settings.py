@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt"]
 
-_PASS = 512
+_PASS = 1024
 """Tokens, on processors."""
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(rf"([0-9]+(?:[.][0-9]+)?) ?({'|'.join(_UNITS)})")
@@ -44,7 +44,7 @@ class TrainSettings(BaseModel):
     """Forward passes per optimiser step; their losses are averaged over tokens, not over passes."""
     pass_tokens: int | None = Field(None, ge=0)
     """Tokens in a forward pass at most, padding counted: larger batches are computed in parts, which is the same step
-    in less memory. 0: whole batches. By default 512 on processors, which are hardly faster with more; whole batches
+    in less memory. 0: whole batches. By default 1,024 on processors, which are hardly faster with more; whole batches
     on GPUs."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up."""
