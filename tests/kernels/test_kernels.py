@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from veneer.kernels import attention as attention_kernel
 from veneer.kernels import cross_entropy, products
+from veneer.kernels.again import to_keep
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import add_low_rank, low_rank_linears
-from veneer.kernels.products import frozen_linear, linear, plus_linear
+from veneer.kernels.products import frozen_linear, linear, plus_times, times
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -315,25 +316,49 @@ def test_what_somebody_wrote_into_is_kept() -> None:
     compared(ours, plain, x, a, b)
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_computed_again_is_the_very_same(dtype: torch.dtype, rounded: bool) -> None:
+    x, up = numbers(8, 16, dtype=dtype), numbers(8, 16, seed=1, dtype=dtype)
+    for weight in (torch.linspace(0.5, 1.5, 16, dtype=dtype), torch.linspace(0.5, 1.5, 16)):
+        for y in (rms_norm(x, weight, 1e-5, rounded=rounded), gated(x, up, F.silu)):
+            compute, sources = to_keep(y)
+            assert all(each is not y for each in sources)
+            assert torch.equal(compute(*sources), y)
+
+
+@pytest.mark.parametrize("which", ["output", "source"])
+def test_what_somebody_wrote_into_is_not_computed_again(which: str) -> None:
+    x = numbers(8, 16)
+    source = x * 1
+    y = gated(source, source, F.silu)
+    with torch.no_grad():
+        (y if which == "output" else source).mul_(2)
+    (alone,) = to_keep(y)[1]
+    assert alone is y
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch is without it")
 @pytest.mark.parametrize("faster", [False, True])
 def test_products_by_either_library(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "one_dnn", lambda: faster)
     for n, wide, out in ((5, 7, 9), (0, 7, 9), (3, 0, 4), (1, 64, 3), (130, 96, 64)):
         x, weight, y = (torch.randn(*shape) for shape in ((n, wide), (out, wide), (n, out)))
-        bias, expected = torch.randn(out), x @ weight.T
+        bias, forth, back = torch.randn(out), x @ weight.T, y @ weight
         for given in (weight, weight.T.contiguous().T, nn.Parameter(weight, requires_grad=False)):
-            assert torch.allclose(linear(x, given), expected, atol=1e-4)
-            assert torch.allclose(linear(x, given, bias), expected + bias, atol=1e-4)
-            assert torch.allclose(plus_linear(y.clone(), x, given), expected + y, atol=1e-4)
-        assert torch.allclose(linear(x, weight, room=torch.empty(n, out)), expected, atol=1e-4)
-    x = numbers(2, 5, 7, dtype=torch.float32)
+            assert torch.allclose(linear(x, given), forth, atol=1e-4)
+            assert torch.allclose(linear(x, given, bias), forth + bias, atol=1e-4)
+            assert torch.allclose(times(y, given), back, atol=1e-4)
+            assert torch.allclose(plus_times(x.clone(), y, given), back + x, atol=1e-4)
+        assert torch.allclose(linear(x, weight, room=torch.empty(n, out)), forth, atol=1e-4)
     weight, bias = torch.randn(9, 7), torch.randn(9)
-    results = []
-    for function in (frozen_linear, F.linear):
-        output = function(x, weight, bias)
-        results.append((output, *torch.autograd.grad(output.square().sum(), x)))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for x in (numbers(2, 5, 7, dtype=torch.float32), numbers(0, 7, dtype=torch.float32)):
+        results = []
+        for function in (frozen_linear, F.linear):
+            output = function(x, weight, bias)
+            results.append((output, *torch.autograd.grad(output.square().sum(), x)))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:

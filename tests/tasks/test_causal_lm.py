@@ -10,6 +10,7 @@ import veneer
 from helpers import sums, write_jsonl
 from veneer.data import read
 from veneer.errors import DataError
+from veneer.tasks import output_head
 from veneer.tasks.causal_lm import IGNORED, CausalLM
 
 CHAT = {
@@ -151,16 +152,30 @@ def test_loss_at_labelled_tokens_equals_the_models_own(smollm: veneer.Base) -> N
 def test_a_known_projection_is_not_run_while_the_loss_is_computed(smollm: veneer.Base) -> None:
     task, head = CausalLM(), smollm.model.get_output_embeddings()
     batch = task.collate([each for row in sums(2) for each in task.encode(row, smollm.tokenizer)], smollm.tokenizer)
-    outcomes, given = [], []
-    with torch.no_grad():
+    adapter = smollm.attach(veneer.LoRA(rank=2), "known")
+    output_head._last.pop(head, None)
+    losses, given = [], []
+    with head.register_forward_hook(lambda module, args, output: given.append(output)):
         for _ in range(2):
-            outcomes.append(task.outcome(smollm.model, batch).loss)
-            watch = head.register_forward_hook(lambda module, args, output: given.append(output))
-            outcomes.append(task.outcome(smollm.model, batch).loss)
-            watch.remove()
-    assert len(set(map(float, outcomes))) == 1
-    assert all(each.shape == (1, 49152) and not each.any() for each in given)
+            losses.append(float(task.outcome(adapter.train(), batch).loss.detach()))
+    smollm.detach("known")
+    assert losses[0] == losses[1]
+    assert [bool(each.any()) for each in given] == [True, False]
+    assert all(each.shape == (1, 49152) and each.requires_grad for each in given)  # DDP looks from there
     assert "forward" not in vars(head)
+
+
+def test_a_forward_somebody_gave_the_projection_is_left_there(smollm: veneer.Base) -> None:
+    task, head = CausalLM(), smollm.model.get_output_embeddings()
+    batch = task.collate([each for row in sums(2) for each in task.encode(row, smollm.tokenizer)], smollm.tokenizer)
+    own = head.__dict__["forward"] = type(head).forward.__get__(head)
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                task.outcome(smollm.model, batch)
+        assert vars(head)["forward"] is own
+    finally:
+        del head.__dict__["forward"]
 
 
 def test_generation_is_the_same_alone_and_in_a_batch() -> None:

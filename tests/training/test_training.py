@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +17,9 @@ import veneer
 from helpers import sums, tiny_bert, tiny_llama
 from veneer.errors import ConfigError
 from veneer.methods import Course, method_class
+from veneer.training.forecast import largest_pass
 from veneer.training.passes import parts
+from veneer.training.settings import TrainSettings
 
 IDS = torch.arange(40).view(8, 5) + 3
 
@@ -175,6 +180,15 @@ def test_parts_cost_least() -> None:
             for cuts in itertools.combinations(range(1, 8), number)
             if all((b - a) * lengths[a] <= tokens for a, b in itertools.pairwise((0, *cuts, 8)))
         )
+
+
+def test_a_run_is_forecast_by_the_largest_part_there_could_be() -> None:
+    lengths = [600, 200, 200, 200, 200, 200, 30]
+    prepared: Any = SimpleNamespace(examples={"length": lengths}, tokens=SimpleNamespace(learned=np.array(lengths)))
+    adapter: Any = SimpleNamespace(device=torch.device("cpu"))
+    for tokens, expected in ((1024, (5, 200)), (400, (1, 600)), (0, (7, 600))):
+        batch = largest_pass(adapter, prepared, TrainSettings(pass_tokens=tokens))
+        assert (batch.rows, batch.tokens) == expected
 
 
 def test_parts_are_without_padding_they_do_not_need() -> None:

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from veneer.kernels import attention as kernel
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
-from veneer.kernels.products import frozen_linear, one_dnn
+from veneer.kernels.products import by_one_dnn, frozen_linear, one_dnn
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -233,13 +233,13 @@ def _gated_layer(module: Any, x: Tensor) -> Any:
     return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
 
 
-def linear_map(module: nn.Linear, x: Tensor) -> Tensor:
+def linear_map(module: nn.Linear, input: Tensor) -> Tensor:
     """What the module computes."""
     weight, bias = module.weight, module.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    if x.dtype == weight.dtype == torch.float32 and frozen and not torch.is_autocast_enabled(x.device.type):
-        return frozen_linear(x, weight, bias)
-    return nn.Linear.forward(module, x)
+    if frozen and by_one_dnn(input, weight) and not torch.is_autocast_enabled("cpu"):
+        return frozen_linear(input, weight, bias)
+    return nn.Linear.forward(module, input)
 
 
 def _same(module: nn.Module, forward: Forward) -> bool:

@@ -6,30 +6,41 @@ gradients of its factors can refer to those instead of keeping another tensor of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _Again(NamedTuple):
     compute: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
-    version: int
+    versions: tuple[int, ...]
+    """Of the tensor and its sources."""
+
+
+_KNOWN: MutableMapping[Tensor, _Again] = WeakTensorKeyDictionary()
 
 
 def computed_again(y: Tensor, compute: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """The same tensor, of which is known that ``compute(*sources)`` gives its numbers."""
-    y._again = _Again(compute, sources, y._version)  # type: ignore[attr-defined]
+    """The same tensor, of which is known that ``compute(*sources)`` gives its numbers; unless there will be no backward
+    that keeps these."""
+    if y.requires_grad:
+        _KNOWN[y] = _Again(compute, sources, _versions(y, *sources))
     return y
 
 
 def to_keep(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """What to call on which tensors to have x: itself, unless it is known how to compute it."""
-    again: Any = getattr(x, "_again", None)
-    if again is None or again.version != x._version:  # somebody has written into it
+    again = _KNOWN.get(x)
+    if again is None or again.versions != _versions(x, *again.sources):  # somebody has written into one
         return _itself, (x,)
     return again.compute, again.sources
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(each._version for each in tensors)
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -4,9 +4,9 @@
     dB = s · dyᵀ h,   dh = s · dy B,   dA = dhᵀ x,   dx = dy W + dh A
 
 Nothing is kept for the backward but x, or what it is computed from, which the network has anyway, and the ``[n, r]``
-product. Additions happen
-inside products: the change is added by that with B, in dx by that with A. A and B may be wider than x: products run in
-x's dtype. Maps of one input share the products with A, which are too thin to be fast by themselves, and one dx.
+product. Additions happen inside products: the change is added by that with B, in dx by that with A. A and B may be
+wider than x: products run in x's dtype. Maps of one input share the products with A, which are too thin to be fast by
+themselves, and one dx.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.again import to_keep
-from veneer.kernels.products import linear, plus_linear
+from veneer.kernels.products import linear, plus_times, times
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -57,7 +57,7 @@ class _AddLowRank(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         for_x, _, for_a, for_b, _ = ctx.needs_input_grad
         dy = gradient.reshape(-1, gradient.shape[-1])
-        dh = linear(dy, b.t()).mul_(ctx.scale) if for_x or for_a else inner
+        dh = times(dy, b).mul_(ctx.scale) if for_x or for_a else inner
         dx = (dh @ a).view(*gradient.shape[:-1], -1) if for_x else None
         return dx, gradient, dh.t() @ x if for_a else None, dy.t() @ inner if for_b else None, None
 
@@ -101,16 +101,16 @@ class _LowRankLinears(torch.autograd.Function):
             if for_b[at]:
                 db[at] = dy.t() @ parts[at]
         if for_x or any(for_a):
-            dh = _joined(_scaled([linear(dy, b[at].t()) for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
+            dh = _joined(_scaled([times(dy, b[at]) for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
             if any(for_a):
                 rows = (dh.t() @ ctx.input(*sources).reshape(-1, ctx.shape[-1])).split([ctx.ranks[at] for at in dys])
                 for at, row in zip(dys, rows, strict=True):
                     da[at] = row if for_a[at] else None
             if for_x:
                 (first, dy), *others = dys.items()
-                dx = linear(dy, ctx.weights[first].t())
+                dx = times(dy, ctx.weights[first])
                 for at, dy in others:
-                    dx = plus_linear(dx, dy, ctx.weights[at].t())
+                    dx = plus_times(dx, dy, ctx.weights[at])
                 every = a.split(ctx.ranks)
                 dx = dx.addmm_(dh, a if len(dys) == len(b) else _joined([every[at] for at in dys])).view(ctx.shape)
         return dx, None, None, None, *da, *db

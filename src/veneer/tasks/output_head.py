@@ -119,12 +119,16 @@ def _loss_instead(head: nn.Linear, model: nn.Module, positions: Tensor, targets:
 
     # Last of its hooks: by then the module has the parameters it runs on.
     with _hooked(head.register_forward_pre_hook(take), head.register_forward_hook(note)):
-        if head in _last:  # nobody reads the logits: even those of one position take all of the weight to compute
-            head.__dict__["forward"] = lambda hidden: hidden.new_zeros(1, len(head.weight))
+        if head not in _last or "forward" in head.__dict__:
+            yield found
+            return
+        # Nobody reads the logits: even those of one position take all of the weight to compute. Of the graph, as DDP
+        # looks from the output for parameters that play a part.
+        head.__dict__["forward"] = lambda hidden: (0 * hidden.sum()).expand(1, len(head.weight))
         try:
             yield found
         finally:
-            head.__dict__.pop("forward", None)
+            del head.__dict__["forward"]
 
 
 def _at(positions: Tensor, hidden: Tensor, model: nn.Module) -> Tensor:

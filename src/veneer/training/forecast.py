@@ -5,7 +5,6 @@ The largest pass of a step is rehearsed on shapes (`veneer.training.rehearsal`),
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import transformers
@@ -14,7 +13,6 @@ from veneer.adapters import Adapter
 from veneer.bases.architecture import Architecture
 from veneer.tasks import Prepared, Task
 from veneer.training.allocator import gaps
-from veneer.training.passes import count
 from veneer.training.rehearsal import Batch, Rehearsal, served
 from veneer.training.settings import TrainSettings
 
@@ -50,10 +48,17 @@ def forecast(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSe
 
 
 def largest_pass(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> Batch:
-    """The pass of most tokens: the longest rows come together."""
-    rows = min(settings.batch_size, len(prepared.examples))
-    longest = max(prepared.examples["length"][:])
-    rows = math.ceil(rows / count(rows, longest, settings.tokens_of_a_pass(adapter.device)))
+    """The pass of most tokens that there could be: rows of like length come together."""
+    lengths = sorted(prepared.examples["length"][:], reverse=True)
+    limit = settings.tokens_of_a_pass(adapter.device)
+
+    def rows_of(first: int) -> int:
+        """As many as fit with the longest of them at this place."""
+        most = min(settings.batch_size, len(lengths) - first)
+        return min(most, max(limit // max(lengths[first], 1), 1)) if limit else most
+
+    first = max(range(len(lengths)), key=lambda first: lengths[first] * rows_of(first))
+    rows, longest = rows_of(first), lengths[first]
     learned = sum(sorted(prepared.tokens.learned.tolist(), reverse=True)[:rows])
     return Batch(rows, longest, min(learned / (rows * longest), 1.0) or 1.0)
 

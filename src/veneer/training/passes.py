@@ -20,7 +20,7 @@ _OVERHEAD = 150
 
 
 def count(rows: int, length: int, tokens: int) -> int:
-    """In how many parts so many rows of this length are computed; arguments as `parts` has them."""
+    """In how many parts so many rows, all of this length, are computed; arguments as `parts` has them."""
     return math.ceil(rows / max(tokens // length, 1)) if tokens else 1
 
 

@@ -145,10 +145,10 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As transformers', for each part of the batch in turn."""
-        losses = [
-            super(Trainer, self).training_step(model, dict(part), num_items_in_batch)
-            for part in parts(inputs, self.pass_tokens, self.task.by_token)
-        ]
+        *before, last = parts(inputs, self.pass_tokens, self.task.by_token)
+        with self.accelerator.no_sync(model):  # processes may have other numbers of parts, and meet at the last
+            losses = [super(Trainer, self).training_step(model, dict(part), num_items_in_batch) for part in before]
+        losses.append(super().training_step(model, dict(last), num_items_in_batch))
         return torch.stack(losses).sum()
 
     def compute_loss(
