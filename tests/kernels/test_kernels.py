@@ -16,7 +16,7 @@ from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import add_low_rank, low_rank_linears
-from veneer.kernels.products import frozen_linear, linear, plus_times, times
+from veneer.kernels.products import linear, linear_map, plus_times, times
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -351,14 +351,15 @@ def test_products_by_either_library(faster: bool, monkeypatch: pytest.MonkeyPatc
             assert torch.allclose(times(y, given), back, atol=1e-4)
             assert torch.allclose(plus_times(x.clone(), y, given), back + x, atol=1e-4)
         assert torch.allclose(linear(x, weight, room=torch.empty(n, out)), forth, atol=1e-4)
-    weight, bias = torch.randn(9, 7), torch.randn(9)
+    weight, bias = numbers(9, 7, dtype=torch.float32), numbers(9, dtype=torch.float32)
     for x in (numbers(2, 5, 7, dtype=torch.float32), numbers(0, 7, dtype=torch.float32)):
-        results = []
-        for function in (frozen_linear, F.linear):
-            output = function(x, weight, bias)
-            results.append((output, *torch.autograd.grad(output.square().sum(), x)))
-        for mine, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(mine, theirs)
+        for inputs in ((x,), (x, weight, bias)):
+            results = []
+            for function in (linear_map, F.linear):
+                output = function(x, weight, bias)
+                results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+            for mine, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(mine, theirs)
 
 
 def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:

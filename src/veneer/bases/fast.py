@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from veneer.kernels import attention as kernel
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
-from veneer.kernels.products import by_one_dnn, frozen_linear, one_dnn
+from veneer.kernels.products import by_one_dnn, linear_map, one_dnn
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -159,7 +159,7 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
         else:
             kind = type(module)
             if type(module) is nn.Linear and module.weight.dtype == torch.float32 and one_dnn():
-                yield module, functools.partial(linear_map, module)
+                yield module, functools.partial(linear_module, module)
                 continue
             if kind not in turning:
                 turning[kind] = _with_rotary(kind)
@@ -233,12 +233,10 @@ def _gated_layer(module: Any, x: Tensor) -> Any:
     return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
 
 
-def linear_map(module: nn.Linear, input: Tensor) -> Tensor:
+def linear_module(module: nn.Linear, input: Tensor) -> Tensor:
     """What the module computes."""
-    weight, bias = module.weight, module.bias
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    if frozen and by_one_dnn(input, weight) and not torch.is_autocast_enabled("cpu"):
-        return frozen_linear(input, weight, bias)
+    if by_one_dnn(input, module.weight) and not torch.is_autocast_enabled("cpu"):
+        return linear_map(input, module.weight, module.bias)
     return nn.Linear.forward(module, input)
 
 
