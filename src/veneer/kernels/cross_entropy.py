@@ -73,10 +73,10 @@ class _CrossEntropySum(torch.autograd.Function):
             logits = linear(h, weight, room=None if room is None else room[: len(h)])
             if bias is not None:
                 logits += bias
-            correct += _hits(logits, t)
             for first in in_steps(len(t), few):
-                own = t[first : first + few]
-                loss += _loss(logits[first : first + few], own, work[: len(own)], gradient=any(learned))
+                own, some = t[first : first + few], logits[first : first + few]
+                correct += _hits(some, own)
+                loss += _loss(some, own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
                 d_hidden[place : place + rows] = times(logits, weight)
             if d_weight is not None:
