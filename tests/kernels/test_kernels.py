@@ -7,16 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.kernels import attention as attention_kernel
-from veneer.kernels import cross_entropy, products
+from veneer.kernels import cross_entropy
 from veneer.kernels.again import to_keep
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import add_low_rank, low_rank_linears
-from veneer.kernels.products import linear, linear_map, plus_times, times
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -336,30 +335,6 @@ def test_what_somebody_wrote_into_is_not_computed_again(which: str) -> None:
         (y if which == "output" else source).mul_(2)
     (alone,) = to_keep(y)[1]
     assert alone is y
-
-
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch is without it")
-@pytest.mark.parametrize("faster", [False, True])
-def test_products_by_either_library(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "one_dnn", lambda: faster)
-    for n, wide, out in ((5, 7, 9), (0, 7, 9), (3, 0, 4), (1, 64, 3), (130, 96, 64)):
-        x, weight, y = (torch.randn(*shape) for shape in ((n, wide), (out, wide), (n, out)))
-        bias, forth, back = torch.randn(out), x @ weight.T, y @ weight
-        for given in (weight, weight.T.contiguous().T, nn.Parameter(weight, requires_grad=False)):
-            assert torch.allclose(linear(x, given), forth, atol=1e-4)
-            assert torch.allclose(linear(x, given, bias), forth + bias, atol=1e-4)
-            assert torch.allclose(times(y, given), back, atol=1e-4)
-            assert torch.allclose(plus_times(x.clone(), y, given), back + x, atol=1e-4)
-        assert torch.allclose(linear(x, weight, room=torch.empty(n, out)), forth, atol=1e-4)
-    weight, bias = numbers(9, 7, dtype=torch.float32), numbers(9, dtype=torch.float32)
-    for x in (numbers(2, 5, 7, dtype=torch.float32), numbers(0, 7, dtype=torch.float32)):
-        for inputs in ((x,), (x, weight, bias)):
-            results = []
-            for function in (linear_map, F.linear):
-                output = function(x, weight, bias)
-                results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-            for mine, theirs in zip(*results, strict=True):
-                torch.testing.assert_close(mine, theirs)
 
 
 def test_attention_is_left_to_torch_where_it_could_not_be_the_same() -> None:

@@ -4,10 +4,8 @@
     RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
     rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
-    linear maps     float32 products by the faster library         `veneer.kernels.products`
 
-A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers;
-linear maps, of which there is one kind, the same but for what two libraries round differently.
+A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers.
 Nothing of it stays: the modules' own methods are back when the forward is over.
 """
 
@@ -28,7 +26,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from veneer.kernels import attention as kernel
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
-from veneer.kernels.products import by_one_dnn, linear_map, one_dnn
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
@@ -158,9 +155,6 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
                 break
         else:
             kind = type(module)
-            if type(module) is nn.Linear and module.weight.dtype == torch.float32 and one_dnn():
-                yield module, functools.partial(linear_module, module)
-                continue
             if kind not in turning:
                 turning[kind] = _with_rotary(kind)
             if (turned := turning[kind]) is not None:
@@ -231,13 +225,6 @@ def _as_gated(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
 
 def _gated_layer(module: Any, x: Tensor) -> Any:
     return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), module.act_fn))
-
-
-def linear_module(module: nn.Linear, input: Tensor) -> Tensor:
-    """What the module computes."""
-    if by_one_dnn(input, module.weight) and not torch.is_autocast_enabled("cpu"):
-        return linear_map(input, module.weight, module.bias)
-    return nn.Linear.forward(module, input)
 
 
 def _same(module: nn.Module, forward: Forward) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.precision import wider
-from veneer.kernels.products import by_one_dnn, linear, times
 from veneer.kernels.rounds import in_steps
 
 _PRODUCT = 12 << 20
@@ -66,11 +65,10 @@ class _CrossEntropySum(torch.autograd.Function):
         rows = math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1))  # about as many in each
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
-        room = None if by_one_dnn(hidden, weight) else hidden.new_empty(rows, len(weight))
-        work = hidden.new_empty(few, len(weight), dtype=wide)
+        room, work = hidden.new_empty(rows, len(weight)), hidden.new_empty(few, len(weight), dtype=wide)
         for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
-            logits = linear(h, weight, room=None if room is None else room[: len(h)])
+            logits = torch.mm(h, weight.t(), out=room[: len(h)])
             if bias is not None:
                 logits += bias
             for first in in_steps(len(t), few):
@@ -78,12 +76,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 correct += _hits(some, own)
                 loss += _loss(some, own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
-                d_hidden[place : place + rows] = times(logits, weight)
+                torch.mm(logits, weight, out=d_hidden[place : place + rows])
             if d_weight is not None:
                 d_weight += logits.t() @ h
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=wide)
-            del logits  # before there are the next
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.again import to_keep
-from veneer.kernels.products import linear, plus_times, times
 
 
 def add_low_rank(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -46,7 +46,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat, a, b = x.reshape(-1, x.shape[-1]).to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-        inner = linear(flat, a).mul_(scale)
+        inner = (flat @ a.t()).mul_(scale)
         ctx.save_for_backward(flat, a, b, inner)
         ctx.scale = scale
         return torch.addmm(y.reshape(-1, y.shape[-1]), inner, b.t()).view_as(y)
@@ -57,7 +57,7 @@ class _AddLowRank(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         for_x, _, for_a, for_b, _ = ctx.needs_input_grad
         dy = gradient.reshape(-1, gradient.shape[-1])
-        dh = times(dy, b).mul_(ctx.scale) if for_x or for_a else inner
+        dh = (dy @ b).mul_(ctx.scale) if for_x or for_a else inner
         dx = (dh @ a).view(*gradient.shape[:-1], -1) if for_x else None
         return dx, gradient, dh.t() @ x if for_a else None, dy.t() @ inner if for_b else None, None
 
@@ -71,13 +71,13 @@ class _LowRankLinears(torch.autograd.Function):
         joined = _joined(a).to(x.dtype)
         b = tuple(each.to(x.dtype) for each in b)
         ctx.ranks = [len(each) for each in a]
-        inner = linear(flat, joined)
+        inner = flat @ joined.t()
         parts = _scaled(inner.split(ctx.ranks, 1), scales)
         ctx.input, sources = to_keep(x)
         ctx.save_for_backward(joined, inner, *b, *sources)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        outputs = [linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
+        outputs = [F.linear(flat, *map_) for map_ in zip(weights, biases, strict=True)]
         for output, part, factor in zip(outputs, parts, b, strict=True):
             output.addmm_(part, factor.t())
         # no views: autograd refuses to let anybody write into a view that is one of several outputs
@@ -101,16 +101,16 @@ class _LowRankLinears(torch.autograd.Function):
             if for_b[at]:
                 db[at] = dy.t() @ parts[at]
         if for_x or any(for_a):
-            dh = _joined(_scaled([times(dy, b[at]) for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
+            dh = _joined(_scaled([dy @ b[at] for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
             if any(for_a):
                 rows = (dh.t() @ ctx.input(*sources).reshape(-1, ctx.shape[-1])).split([ctx.ranks[at] for at in dys])
                 for at, row in zip(dys, rows, strict=True):
                     da[at] = row if for_a[at] else None
             if for_x:
                 (first, dy), *others = dys.items()
-                dx = times(dy, ctx.weights[first])
+                dx = dy @ ctx.weights[first]
                 for at, dy in others:
-                    dx = plus_times(dx, dy, ctx.weights[at])
+                    dx.addmm_(dy, ctx.weights[at])
                 every = a.split(ctx.ranks)
                 dx = dx.addmm_(dh, a if len(dys) == len(b) else _joined([every[at] for at in dys])).view(ctx.shape)
         return dx, None, None, None, *da, *db

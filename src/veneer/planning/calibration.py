@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import torch
 
-from veneer.kernels.products import linear
 from veneer.planning.machine import Machine, Rates
 from veneer.training.preflight import available_memory
 
@@ -56,7 +55,7 @@ def _rates(dtype: torch.dtype, threads: int) -> Rates:
             x, weight = torch.randn(n, width).to(dtype), torch.randn(out, width).to(dtype)
             number = x.element_size()
             rows.append((2 * n * width * out, number * (n * width + width * out + n * out)))
-            seconds.append(_timed(lambda x=x, weight=weight: linear(x, weight)))  # type: ignore[misc]
+            seconds.append(_timed(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)))  # type: ignore[misc]
         a, b = torch.randn(_NUMBERS).to(dtype), torch.randn(_NUMBERS).to(dtype)
         light = _timed(lambda: a * b) / _NUMBERS
         heavy = _timed(lambda: torch.nn.functional.silu(a)) / _NUMBERS
