@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from helpers import command, tiny_llama, write_jsonl
+from veneer.adapters.files import RECORD
 from veneer.bases.known import KNOWN, Known
 from veneer.cli.steps import steps
 from veneer.errors import ConfigError, UnknownName
@@ -21,6 +22,7 @@ from veneer.planning import Plan, Request, bases, plan
 from veneer.planning.advice import advise, learned
 from veneer.planning.bases import _largest
 from veneer.planning.machine import DEVICES, Machine, Rates, machine, parse_size
+from veneer.planning.request import from_config
 from veneer.tracing import Work
 from veneer.training.progress import size
 from veneer.training.rehearsal import Batch
@@ -344,6 +346,21 @@ def test_a_config_with_data(tiny_folder: Path, folder: Path, capsys: pytest.Capt
     assert row["settings"]["rank"] == 2
     assert row["run"]["steps"] == 18
     assert row["run"]["watt_hours"] == pytest.approx(row["run"]["seconds"] * 450 / 3600)
+
+
+def test_the_pass_that_is_planned_is_the_one_a_run_is_forecast_by(tiny_folder: Path, folder: Path) -> None:
+    rows = [{"prompt": "say " + "more " * (3 * number % 20), "completion": "yes"} for number in range(40)]
+    data = write_jsonl(folder / "data.jsonl", rows)
+    wanted = ("method=lora", f"base={tiny_folder}", f"data.train={data}", "train.batch_size=8", "train.pass_tokens=200")
+    request = from_config(wanted)
+    assert command("train", *wanted, "train.max_steps=1", "output=a") == 0
+    told = json.loads((folder / "a" / "adapter" / RECORD).read_text())["training"]["plan"]["training"]
+    assert (request.batch.rows, request.batch.tokens) == (told["rows"], told["tokens"])
+    assert 1 < request.batch.rows < 8
+    found = plan(request)
+    assert found.methods[0].train_memory["total"] == pytest.approx(told["total"], rel=0.01)
+    assert found.methods[0].run is not None
+    assert found.methods[0].run.seconds == found.methods[0].seconds_per_step * found.methods[0].run.steps
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from veneer.tasks.base import Outcome
 from veneer.tasks.causal_lm import CausalLM
 from veneer.training.checkpoints import COMPLETE, Schedule, checkpoints
 from veneer.training.guards import overfitting
+from veneer.training.progress import Progress
 from veneer.training.trainer import Trainer
 
 OTHER = [{"prompt": "Name a stone.", "completion": "Quartz, or obsidian 1 it is."}]
@@ -571,3 +573,18 @@ def test_a_run_that_never_began_leaves_no_folder(
     assert command(*arguments("deep/in/out", data__train="none.jsonl")) == 2
     assert not Path("deep").exists()
     assert COMPLETE not in capsys.readouterr().err
+
+
+def test_the_time_that_is_left_is_told_by_steps_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("veneer.training.progress.time.perf_counter", lambda: now)
+    progress = Progress(folder / "log.jsonl", lambda: 100)
+    state = SimpleNamespace(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)
+    now = 60.0
+    progress.on_log(None, state, None, {"eval_loss": 1.0, "eval_runtime": 60.0})
+    now, state.global_step = 70.0, 1
+    progress.on_log(None, state, None, {"loss": 1.0})
+    assert "0:30 left" in capsys.readouterr().err

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -184,11 +181,11 @@ def test_parts_cost_least() -> None:
 
 def test_a_run_is_forecast_by_the_largest_part_there_could_be() -> None:
     lengths = [600, 200, 200, 200, 200, 200, 30]
-    prepared: Any = SimpleNamespace(examples={"length": lengths}, tokens=SimpleNamespace(learned=np.array(lengths)))
-    adapter: Any = SimpleNamespace(device=torch.device("cpu"))
+    learned = [length // 2 for length in lengths]
     for tokens, expected in ((1024, (5, 200)), (400, (1, 600)), (0, (7, 600))):
-        batch = largest_pass(adapter, prepared, TrainSettings(pass_tokens=tokens))
+        batch = largest_pass(lengths, learned, TrainSettings(pass_tokens=tokens), torch.device("cpu"))
         assert (batch.rows, batch.tokens) == expected
+    assert batch.labelled == sum(learned) / (7 * 600)
 
 
 def test_parts_are_without_padding_they_do_not_need() -> None:

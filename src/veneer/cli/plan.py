@@ -130,6 +130,8 @@ def show(found: Plan, advice: Advice) -> None:
 
     request, base, batch = found.request, found.base, found.request.batch
     passes = f"{request.passes} passes of " if request.passes > 1 else ""
+    if request.data is not None:
+        passes = f"steps of {request.rows_of_a_step} rows, the largest pass "
     told = f"{passes}{batch.rows} × {batch.tokens} tokens" + (", checkpointed" if request.checkpointing else "")
     console.print(
         f"[bold]{base['name']}[/bold]  {base['parameters']:,} parameters, {base['dtype']}: "
@@ -145,6 +147,8 @@ def show(found: Plan, advice: Advice) -> None:
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
     notes = [*found.notes, "train, serve: peak memory; rows: the largest pass that fits, about"]
+    if request.data is not None:
+        notes += ["step: of the optimiser, its rows of average length; run: all steps, validations apart"]
     if any(row.copies for row in found.methods):
         notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
     notes += [] if found.machine.measured else ["times by public figures, not measured"]

@@ -67,7 +67,7 @@ class Request:
     Attributes:
         base: a hub id, folder, catalogue name, or well-known architecture.
         methods: which; all, each with its own settings, if none are given.
-        batch: one pass of a step.
+        batch: one pass of a step; where the data are known, the largest.
         passes: of a step.
         step_rows: of all of its passes; by default as many as these hold.
         checkpointing: whether activations are computed again.
@@ -102,6 +102,11 @@ class Request:
     max_steps: int | None = None
     watts: float | None = None
 
+    @property
+    def rows_of_a_step(self) -> int:
+        """In all of its passes."""
+        return self.step_rows or self.batch.rows * self.passes
+
 
 @dataclass(frozen=True)
 class Run:
@@ -133,7 +138,7 @@ class MethodPlan:
         train_memory: bytes by part at the moment of a step at which most is held, and their ``total``.
         serve_memory: the same of serving it.
         flops_per_token: of the products of a training step, forward and backward.
-        seconds_per_step: all passes of a step.
+        seconds_per_step: all passes of a step; where the data are known, of rows as long as theirs are on average.
         variants_bytes: of as many variants as asked for; whole copies are in the base's dtype.
         copies: whether each variant is a whole copy of the base.
         fits: whether training does, with some room left.
@@ -307,7 +312,7 @@ class _Planner:
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
-        seconds = self.machine.seconds(step.work) * request.passes
+        seconds = self.machine.seconds(step.work) * self._passes(batch)
         return MethodPlan(
             method=method.name,
             settings=method.model_dump(mode="json"),
@@ -326,13 +331,17 @@ class _Planner:
             basis="analytic" if request.quantize else "traced",
         )
 
+    def _passes(self, batch: Batch) -> float:
+        """How many such passes take as long as a step."""
+        request, data = self.request, self.request.data
+        return request.passes if data is None else request.rows_of_a_step * data.mean / batch.size
+
     def _run(self, seconds: float) -> Run | None:
         request, data = self.request, self.request.data
         if data is None:
             return None
-        rows = request.step_rows or request.batch.rows * request.passes
-        steps = request.max_steps or math.ceil(data.rows * request.epochs / rows)
-        seconds *= steps * data.mean / request.batch.tokens
+        steps = request.max_steps or math.ceil(data.rows * request.epochs / request.rows_of_a_step)
+        seconds *= steps
         watts = request.watts or self.machine.watts
         hours = None if watts is None else watts * seconds / 3600
         return Run(steps, seconds, hours, None if hours is None else hours / 1000 * GRAMS)

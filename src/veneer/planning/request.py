@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from veneer.bases import load_pretrained
+from veneer.adapters import Base
 from veneer.errors import BaseError, ConfigError, FetchError
 from veneer.methods import Method, method_class
 from veneer.planning.machine import HERE, parse_size
 from veneer.planning.plan import Data, Request, with_own_settings
-from veneer.tasks import Task, choose_task, task_class
-from veneer.tasks.base import DEFAULT_MAX_LENGTH
+from veneer.tasks import Task, choose_task, load_base, task_class
 from veneer.training.config import RunConfig, read_config
+from veneer.training.forecast import largest_pass
 from veneer.training.passes import count
 from veneer.training.rehearsal import Batch
 from veneer.training.rows import parts_of
@@ -55,15 +55,17 @@ def from_config(
         defaults["base"] = default_base
     overrides = arguments[1:] if has_file else arguments
     config = read_config(Path(arguments[0]) if has_file else None, overrides, defaults=defaults, base=base)
-    most = config.task.get("max_length") or (_LENGTH if config.data.train == _NO_DATA else DEFAULT_MAX_LENGTH)
-    data, task = _data(config) if config.data.train != _NO_DATA else (None, None)
-    tokens = length or min(most, data.longest if data is not None else _LENGTH)
-    rows, passes = _passes(config, tokens, torch.device("cpu" if device in HERE else "cuda"))
+    data, task, batch, target = None, None, None, torch.device("cpu" if device in HERE else "cuda")
+    if config.data.train != _NO_DATA:
+        data, task, batch = _data(config, target)
+        labelled = data.labelled
+    if batch is None or length is not None:
+        batch = _batch(config, length or min(config.task.get("max_length") or _LENGTH, _LENGTH), labelled, target)
     return Request(
         base=config.base,
         methods=_methods(methods, config, overrides, has_file),
-        batch=Batch(rows, tokens, data.labelled if data is not None else labelled),
-        passes=passes,
+        batch=batch,
+        passes=math.ceil(config.train.batch_size / batch.rows) * config.train.accumulation,
         step_rows=config.train.batch_size * config.train.accumulation,
         checkpointing=config.train.checkpointing,
         dtype=config.dtype,
@@ -79,39 +81,39 @@ def from_config(
     )
 
 
-def _passes(config: RunConfig, tokens: int, device: torch.device) -> tuple[int, int]:
-    """Rows of a forward pass, and how many passes an optimiser step has."""
+def _batch(config: RunConfig, tokens: int, labelled: float, device: torch.device) -> Batch:
+    """A pass of rows that are all of this length."""
     rows = config.train.batch_size
     parts = count(rows, tokens, config.train.tokens_of_a_pass(device))
-    return math.ceil(rows / parts), parts * config.train.accumulation
+    return Batch(math.ceil(rows / parts), tokens, labelled)
 
 
-def _data(config: RunConfig) -> tuple[Data, Task]:
-    """What the training rows are like, and the task they ask for."""
+def _data(config: RunConfig, device: torch.device) -> tuple[Data, Task, Batch]:
+    """What the training rows are like, the task they ask for, and the largest pass there could be of them."""
     rows = parts_of(config.data, config.train.seed)[0].rows
     settings = {key: value for key, value in config.task.items() if key != "name"}
     name = config.task.get("name") or choose_task(rows).name
-    task = task_class(name).for_rows(rows, None, **settings)
-    tokenizer = _tokenizer(config.base)
-    if tokenizer is None:
+    loaded = _loaded(config.base, name)
+    task = task_class(name).for_rows(rows, loaded, **settings)
+    if loaded is None or loaded.tokenizer is None:
         lengths = [sum(len(str(value)) for value in row.values() if value is not None) // 4 + 1 for row in rows]
         lengths = [min(each, task.max_length) for each in lengths]
-        return Data(len(rows), max(lengths), sum(lengths) / len(lengths), 1.0, counted=False), task
-    if "template" not in settings and "template" in type(task).model_fields and not tokenizer.chat_template:
-        task = task.model_copy(update={"template": "plain"})
-    prepared = task.prepare(rows, tokenizer)
+        data = Data(len(rows), max(lengths), sum(lengths) / len(lengths), 1.0, counted=False)
+        return data, task, largest_pass(lengths, lengths, config.train, device)
+    prepared = task.prepare(rows, loaded.tokenizer)
     lengths = prepared.examples["length"][:]
-    learned = int(prepared.tokens.learned.sum())
-    share = min(learned / max(sum(lengths), 1), 1.0) or 1.0
-    return Data(len(lengths), prepared.longest, sum(lengths) / len(lengths), share, counted=True), task
+    learned = prepared.tokens.learned.tolist()
+    share = min(sum(learned) / max(sum(lengths), 1), 1.0) or 1.0
+    data = Data(len(lengths), prepared.longest, sum(lengths) / len(lengths), share, counted=True)
+    return data, task, largest_pass(lengths, learned, config.train, device)
 
 
-def _tokenizer(base: str) -> Any:
-    """The base's, where it is on this machine or can be had; None where only its sizes are known."""
+def _loaded(base: str, task: str) -> Base | None:
+    """Its tokenizer and architecture, where they are on this machine or can be had; None where only sizes are known."""
     if base == SUITED:
         return None
     try:
-        return load_pretrained(base, weights=False).tokenizer
+        return load_base(base, task=task, weights=False)
     except (BaseError, FetchError):
         return None
 

@@ -5,8 +5,10 @@ The largest pass of a step is rehearsed on shapes (`veneer.training.rehearsal`),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers
 
 from veneer.adapters import Adapter
@@ -28,7 +30,8 @@ def forecast(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSe
     if not isinstance(base.model, transformers.PreTrainedModel):
         return None
     found = Architecture(base.name, base.model.config, task.auto_class, base.dtype)
-    batch = largest_pass(adapter, prepared, settings)
+    lengths, learned = prepared.examples["length"][:], prepared.tokens.learned.tolist()
+    batch = largest_pass(lengths, learned, settings, adapter.device)
     held = sum(each.nbytes for each in {*adapter.parameters(), *adapter.buffers()})
     room = found.positions or _PROMPT
     prompt = Batch(rows=1, tokens=min(_PROMPT, room))
@@ -47,10 +50,19 @@ def forecast(adapter: Adapter, task: Task, prepared: Prepared, settings: TrainSe
     }
 
 
-def largest_pass(adapter: Adapter, prepared: Prepared, settings: TrainSettings) -> Batch:
-    """The pass of most tokens that there could be: rows of like length come together."""
-    lengths = sorted(prepared.examples["length"][:], reverse=True)
-    limit = settings.tokens_of_a_pass(adapter.device)
+def largest_pass(
+    lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, device: torch.device
+) -> Batch:
+    """The pass of most tokens that there could be: rows of like length come together.
+
+    Args:
+        lengths: of the rows, in tokens.
+        learned: tokens of each that carry loss; those that have most are taken to be in it.
+        settings: of the training.
+        device: it runs on.
+    """
+    lengths = sorted(lengths, reverse=True)
+    limit = settings.tokens_of_a_pass(device)
 
     def rows_of(first: int) -> int:
         """As many as fit with the longest of them at this place."""
@@ -59,8 +71,8 @@ def largest_pass(adapter: Adapter, prepared: Prepared, settings: TrainSettings) 
 
     first = max(range(len(lengths)), key=lambda first: lengths[first] * rows_of(first))
     rows, longest = rows_of(first), lengths[first]
-    learned = sum(sorted(prepared.tokens.learned.tolist(), reverse=True)[:rows])
-    return Batch(rows, longest, min(learned / (rows * longest), 1.0) or 1.0)
+    most = sum(sorted(learned, reverse=True)[:rows])
+    return Batch(rows, longest, min(most / (rows * longest), 1.0) or 1.0)
 
 
 def _told(parts: dict[str, int], batch: Batch) -> dict[str, int]:

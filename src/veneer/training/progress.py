@@ -74,6 +74,7 @@ class Progress(transformers.TrainerCallback):
         self._started = time.perf_counter()
         self._first_step = 0
         self._evaluating = 0.0
+        self._before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -86,6 +87,8 @@ class Progress(transformers.TrainerCallback):
             return
         if "eval_loss" in entry:
             self._evaluating += entry.get("eval_runtime", 0.0)
+            if state.global_step == self._first_step:
+                self._before = self._evaluating
             console.print(f"[bold]{self._validation(entry)}[/bold]")
         elif "loss" in entry:
             entry["tokens_per_second"] = round(self._tokens_per_second(), 1)
@@ -112,7 +115,8 @@ class Progress(transformers.TrainerCallback):
 
     def _step(self, entry: Mapping[str, Any], state: Any) -> str:
         done = state.global_step - self._first_step
-        left = (time.perf_counter() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        a_step = (time.perf_counter() - self._started - self._before) / max(done, 1)
+        left = a_step * (state.max_steps - state.global_step)
         width = len(str(state.max_steps))
         penalty = f"penalty {entry['penalty']:.4f}  " if "penalty" in entry else ""
         return (
