@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from veneer.kernels import attention as kernel
+from veneer.kernels import native
 from veneer.kernels.gated import gated
 from veneer.kernels.precision import wider
 from veneer.kernels.rms_norm import rms_norm
@@ -175,7 +176,9 @@ def _with_rotary(kind: type[nn.Module]) -> Forward | None:
     try:
         for dtype in (torch.float32, torch.bfloat16):
             tensors = [each.to(dtype) for each in (x, x.sin(), angles.cos(), angles.sin())]
-            if not all(map(torch.equal, theirs(*tensors), _turned(*tensors))):
+            with native.plain():
+                same = all(map(torch.equal, theirs(*tensors), _turned(*tensors)))
+            if not same:
                 return None
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
@@ -209,7 +212,7 @@ def _as_norm(module: nn.Module) -> Iterator[tuple[Forward, Any]]:
 
 def _norm(eps: float, more: int, rounded: bool, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     weight = module.weight
-    if args or kwargs or weight.requires_grad or not x.requires_grad or x.dtype != weight.dtype:
+    if args or kwargs or weight.requires_grad or x.dtype != weight.dtype:
         return type(module).forward(module, x, *args, **kwargs)
     return rms_norm(x, weight.to(wider(weight.dtype)) + more if more else weight, eps, rounded=rounded)
 
@@ -237,7 +240,8 @@ def _same(module: nn.Module, forward: Forward) -> bool:
     if not module._modules:  # any weight will do, and ones or zeros would tell less
         module._parameters = {"weight": nn.Parameter(x[1].sin(), requires_grad=False)}
     try:
-        return torch.equal(type(module).forward(module, x), forward(module, x.clone().requires_grad_()))
+        with native.plain():  # which rounds just as the module does
+            return torch.equal(type(module).forward(module, x), forward(module, x.clone().requires_grad_()))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
 

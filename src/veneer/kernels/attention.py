@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native_attention
 from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
@@ -67,20 +68,30 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
-        mask = _added(query, mask, causal)
+        compiled = native_attention.suits(query, key, value, mask)
+        mask = _added(query, mask, causal and not compiled)
+        if compiled:
+            mask = mask if mask is None else mask.to(query.dtype)
+            output, logs = native_attention.forward(query, key, value, mask, causal, scale)
+            ctx.save_for_backward(query, key, value, output, logs, mask)
+            ctx.causal, ctx.scale, ctx.compiled = causal, scale, compiled
+            return output
         rows, heads, queries, width = query.shape
         output = query.new_empty(rows, queries, heads, width).transpose(1, 2)  # as what comes next takes it
         logs = torch.empty(query.shape[:3], dtype=wider(query.dtype), device=query.device)
         for own, seen, masks in _parts(query, key, mask, causal):
             output[own], logs[own] = _attended(query[own], key[seen], value[seen], masks, scale)
         ctx.save_for_backward(query, key, value, output, logs, mask)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal, ctx.scale, ctx.compiled = causal, scale, compiled
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, output, logs, mask = ctx.saved_tensors
+        if ctx.compiled:
+            given = query, key, value, output, logs, gradient, mask, ctx.causal, ctx.scale
+            return *native_attention.backward(*given), None, None, None
         dq, dk, dv = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for own, seen, masks in _parts(query, key, mask, ctx.causal):
             tensors = query[own], key[seen], value[seen], output[own], logs[own], gradient[own], masks

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
+from veneer.kernels.native import operations
 from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
@@ -65,16 +67,22 @@ class _CrossEntropySum(torch.autograd.Function):
         rows = math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1))  # about as many in each
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
-        room, work = hidden.new_empty(rows, len(weight)), hidden.new_empty(few, len(weight), dtype=wide)
+        room = hidden.new_empty(rows, len(weight))
+        work = None if native.suits(hidden) else hidden.new_empty(few, len(weight), dtype=wide)
         for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
             logits = torch.mm(h, weight.t(), out=room[: len(h)])
             if bias is not None:
                 logits += bias
-            for first in in_steps(len(t), few):
-                own, some = t[first : first + few], logits[first : first + few]
-                correct += _hits(some, own)
-                loss += _loss(some, own, work[: len(own)], gradient=any(learned))
+            if work is None:
+                losses, hits = operations.cross_entropy(logits, t, any(learned))
+                loss += losses.sum()
+                correct += hits.sum()
+            else:
+                for first in in_steps(len(t), few):
+                    own, some = t[first : first + few], logits[first : first + few]
+                    correct += _hits(some, own)
+                    loss += _loss(some, own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[place : place + rows])
             if d_weight is not None:

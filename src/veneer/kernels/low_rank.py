@@ -71,8 +71,8 @@ class _LowRankLinears(torch.autograd.Function):
         joined = _joined(a).to(x.dtype)
         b = tuple(each.to(x.dtype) for each in b)
         ctx.ranks = [len(each) for each in a]
-        inner = flat @ joined.t()
-        parts = _scaled(inner.split(ctx.ranks, 1), scales)
+        inner = _scaled(flat @ joined.t(), ctx.ranks, scales)
+        parts = inner.split(ctx.ranks, 1)
         ctx.input, sources = to_keep(x)
         ctx.save_for_backward(joined, inner, *b, *sources)
         ctx.shape = x.shape
@@ -101,9 +101,10 @@ class _LowRankLinears(torch.autograd.Function):
             if for_b[at]:
                 db[at] = dy.t() @ parts[at]
         if for_x or any(for_a):
-            dh = _joined(_scaled([dy @ b[at] for at, dy in dys.items()], [ctx.scales[at] for at in dys]), 1)
+            ranks = [ctx.ranks[at] for at in dys]
+            dh = _scaled(_joined([dy @ b[at] for at, dy in dys.items()], 1), ranks, [ctx.scales[at] for at in dys])
             if any(for_a):
-                rows = (dh.t() @ ctx.input(*sources).reshape(-1, ctx.shape[-1])).split([ctx.ranks[at] for at in dys])
+                rows = (dh.t() @ ctx.input(*sources).reshape(-1, ctx.shape[-1])).split(ranks)
                 for at, row in zip(dys, rows, strict=True):
                     da[at] = row if for_a[at] else None
             if for_x:
@@ -120,9 +121,10 @@ def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     return torch.cat(list(tensors), axis) if len(tensors) > 1 else tensors[0]
 
 
-def _scaled(tensors: Sequence[Tensor], scales: Sequence[float]) -> Sequence[Tensor]:
-    """The same tensors, each times its scale."""
-    for tensor, scale in zip(tensors, scales, strict=True):
-        if scale != 1:
-            tensor.mul_(scale)
-    return tensors
+def _scaled(joined: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """Some columns times each scale, in place."""
+    if len(set(scales)) == 1:
+        return joined if scales[0] == 1 else joined.mul_(scales[0])
+    for part, scale in zip(joined.split(list(ranks), 1), scales, strict=True):
+        part.mul_(scale)
+    return joined

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native
+from veneer.kernels.native import operations
+
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x ``[…, d]`` turned by angles with these cosines and sines, which fit x and get no gradient."""
@@ -25,6 +28,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if _compiled(x, cos, sin):
+            turned: Tensor = operations.rotary(x, cos, sin, False)
+            return turned
         y = x * cos
         (y1, y2), (x1, x2), (sin1, sin2) = (each.chunk(2, -1) for each in (y, x, sin))
         y1 -= x2 * sin1
@@ -35,8 +41,17 @@ class _Rotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
+        if _compiled(gradient, cos, sin):
+            return operations.rotary(gradient, cos, sin, True), None, None
         dx = gradient * cos
         (dx1, dx2), (dy1, dy2), (sin1, sin2) = (each.chunk(2, -1) for each in (dx, gradient, sin))
         dx1 += dy2 * sin2
         dx2 -= dy1 * sin1
         return dx, None, None
+
+
+def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether shapes and dtypes are those of the compiled form."""
+    of_angles = (x.shape[0], 1, *x.shape[2:]) if x.dim() == 4 else None
+    alike = all(each.is_contiguous() and each.shape in (of_angles, (1, *of_angles[1:])) for each in (cos, sin)) if of_angles else False
+    return alike and cos.shape == sin.shape and x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and native.suits(x, cos, sin)

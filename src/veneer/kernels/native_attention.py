@@ -1,0 +1,143 @@
+"""`veneer.kernels.attention` with everything between its products compiled.
+
+The products are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials with
+their sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is
+part of the second product. In float32 it is taken off afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import native
+from veneer.kernels.native import operations as c
+from veneer.kernels.rounds import in_steps
+
+_SCORES = 1 << 21
+"""Scores that are there at a time: few enough for caches."""
+_BLOCK = 128
+"""Causal queries at a time: later keys are left out."""
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether this computes what `attention` does with these arguments."""
+    dense = all(each.stride(-1) == 1 for each in (query, key, value) if each.shape[-1] > 1)
+    readable = mask is None or (mask.shape[-1] == 1 or mask.stride(-1) == 1)
+    return dense and readable and native.suits(query, key, value)
+
+
+class _Part(NamedTuple):
+    """Some rows and queries, with the keys these may see."""
+
+    own: Any
+    seen: Any
+    mask: Tensor | None
+    first: int
+    """The last key that the first query sees; -1 where all see all."""
+
+
+def _parts(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Iterator[_Part]:
+    rows, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    block = min(_BLOCK, queries) if causal else queries
+    count = max(_SCORES // (heads * block * keys), 1)
+    for row in in_steps(rows, count):
+        some = slice(row, row + count)
+        of_rows = mask if mask is None or len(mask) == 1 else mask[some]
+        for first in reversed(range(0, queries, block)):  # the one that sees all keys comes first
+            own, seen = slice(first, first + block), slice(first + block if causal else keys)
+            whole = slice(None)
+            yield _Part((some, whole, own), (some, whole, seen), of_rows, first if causal else -1)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output, heads beside each other in memory, and the logarithms of the sums ``[rows, heads, queries]``."""
+    rows, heads, queries, width = query.shape
+    output = query.new_empty(rows, queries, heads, width).transpose(1, 2)
+    logs = query.new_empty(rows, heads, queries, dtype=torch.float32)
+    (before, after), in_product = _split(scale), query.dtype != torch.float32
+    for own, seen, masks, first in _parts(query, key, mask, causal):
+        q, k = _packed(query[own], before), _packed(key[seen], 1.0, -1.0)
+        scores = _product(q, k)
+        taken = c.greatest(scores, masks, first, after)
+        if in_product:
+            c.columns(q, taken, 1 / after)
+            torch.bmm(_joined(q, k), _joined(k, k).mT, out=_joined(scores, k))
+        sums = c.powers(scores, masks, first, after, None if in_product else taken)
+        c.divided(_onto(scores, _dense(value[seen])), sums, taken, output[own])
+        logs[own] = taken
+    return output, logs
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, logs: Tensor, gradient: Tensor, mask: Tensor | None,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of query, key and value; dense."""
+    dq, dk, dv = (each.new_empty(each.shape) for each in (query, key, value))
+    (before, after), in_product = _split(scale), query.dtype != torch.float32
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    for own, seen, masks, first in _parts(query, key, mask, causal):
+        q, k, v, g = query[own], key[seen], value[seen], gradient[own]
+        taken, dots = logs[own].contiguous(), c.dots(g, output[own])
+        powers = _product(_packed(q, before, 1 / after, taken), _packed(k, 1.0, -1.0))
+        c.powers(powers, masks, first, after, None if in_product else taken)
+        change = _product(_packed(g, 1.0, 1.0, dots), _packed(v, 1.0, -1.0))
+        c.change(change, powers, None if in_product else dots)
+        begun = causal and first + _BLOCK < query.shape[2]
+        _add(dv[seen], powers, _dense(g), 1.0, begun)
+        _add(dk[seen], change, _dense(q), scale, begun)
+        c.pack(_onto(change, _dense(k)), dq[own], scale, False)
+    return dq, dk, dv
+
+
+def _split(scale: float) -> tuple[float, float]:
+    """What queries are multiplied by, and what scores: a power of two is exact on queries, which are far fewer."""
+    return (scale, 1.0) if math.frexp(scale)[0] == 0.5 else (1.0, scale)
+
+
+def _packed(x: Tensor, scale: float = 1.0, share: float = 0.0, taken: Tensor | None = None) -> Tensor:
+    """``scale · x``, dense; in 16 bits with two more columns, which `operations.pack` describes."""
+    if x.dtype == torch.float32:
+        return _dense(x) if scale == 1 else _scaled(x, scale)
+    packed = x.new_empty(*x.shape[:-1], x.shape[-1] + 2)
+    c.pack(x, packed, scale, True, taken, share)
+    return packed
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    y = x.new_empty(x.shape)
+    c.pack(x, y, scale, False)
+    return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else _scaled(x, 1.0)
+
+
+def _joined(x: Tensor, key: Tensor) -> Tensor:
+    """``[rows · groups, heads of a group · places, …]`` of dense ``[rows, heads, places, …]``."""
+    return x.view(key.shape[0] * key.shape[1], -1, x.shape[-1])
+
+
+def _product(x: Tensor, key: Tensor) -> Tensor:
+    """``x · keyᵀ``, by heads of x."""
+    return torch.bmm(_joined(x, key), _joined(key, key).mT).view(*x.shape[:-1], -1)
+
+
+def _onto(scores: Tensor, value: Tensor) -> Tensor:
+    """``scores · value``, by heads of scores."""
+    return torch.bmm(_joined(scores, value), _joined(value, value)).view(*scores.shape[:-1], -1)
+
+
+def _add(total: Tensor, scores: Tensor, x: Tensor, scale: float, begun: bool) -> None:
+    """``scale · scoresᵀ · x`` to a total by groups, which it begins unless that is begun."""
+    flat = total.flatten(0, 1)
+    torch.baddbmm(flat, _joined(scores, total).mT, _joined(x, total), beta=int(begun), alpha=scale, out=flat)
