@@ -123,7 +123,8 @@ def test_loftq_takes_the_best_rank_r_of_what_quantising_took(tiny: Path, tmp_pat
         quantised = weight_behind(base.model.get_submodule(site.path))
         u, s, v = torch.linalg.svd((weight - quantised).double())
         best = (u[:, :5] * s[:5]) @ v[:5]
-        assert torch.allclose(update.double(), best, atol=1e-6)
+        # By its error: singular vectors of almost equal singular values are any mixture of each other.
+        assert (weight - quantised - update).double().norm() <= (1 + 1e-6) * (weight - quantised - best).double().norm()
         assert (weight - quantised - update).norm() < 0.95 * (weight - quantised).norm()
     adapter.save(tmp_path / "a")
     with pytest.warns(VeneerWarning, match="unquantised"):  # its start isn't computed again, which would need both

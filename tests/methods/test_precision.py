@@ -25,17 +25,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prompt": {"length": 8},
     "shira": {"rank": 4},
 }
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and then",
+    "def main():\n    return 1\n\n\ndef other():\n    return 2\n",
+    "It was the best of times, it was the worst of times, it was the age of wisdom",
+    "Water boils at 100 degrees Celsius at sea level; on mountains it boils earlier.",
+)
+"""Several: errors of one short text differ by up to twice with what happens to be rounded up or down."""
 BOUNDS = {torch.float32: 2.0, torch.bfloat16: 1.5}
 
 
-def computed(model: torch.nn.Module, ids: torch.Tensor, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, without those of virtual tokens, and all gradients of the loss in one vector; both in float64."""
+def computed(model: torch.nn.Module, texts: list[torch.Tensor], skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of all texts, without those of virtual tokens, and all gradients of their losses; in float64."""
+    found = [of_one(model, ids, skip) for ids in texts]
+    logits, gradients = (torch.cat(column) for column in zip(*found, strict=True))
+    return logits, gradients
+
+
+def of_one(model: torch.nn.Module, ids: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one text, in one vector each."""
     logits = model(input_ids=ids).logits[:, skip:]
     torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
     grads = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
     names = sorted(grads)
     model.zero_grad()
-    return logits.detach().double(), torch.cat([grads[name].double().flatten() for name in names])
+    return logits.detach().double().flatten(), torch.cat([grads[name].double().flatten() for name in names])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +58,7 @@ def computed(model: torch.nn.Module, ids: torch.Tensor, skip: int = 0) -> tuple[
 def test_rounding_is_no_worse_than_pefts(name: str, tmp_path: Path) -> None:
     assert name in CONTRACTS
     base = veneer.load_base("smollm2-135m-instruct", dtype=torch.float32)
-    ids = base.tokenizer("The quick brown fox jumps over the lazy dog, and then", return_tensors="pt")["input_ids"]
+    ids = [base.tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
     adapter = base.attach(method_class(name)(**SETTINGS[name]), "a")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -58,7 +72,8 @@ def test_rounding_is_no_worse_than_pefts(name: str, tmp_path: Path) -> None:
         ours = base.load(tmp_path / "a")
         mine = computed(ours.double() if dtype == torch.float64 else ours, ids)
         with torch.no_grad():
-            assert off(mine[0], base.model(input_ids=ids).logits.double()) > 1e-3
+            plain = torch.cat([base.model(input_ids=each).logits.double().flatten() for each in ids])
+        assert off(mine[0], plain) > 1e-3
         base.detach("a")
         prompting = name in ("prefix", "prompt")
         theirs = peft.PeftModel.from_pretrained(base.model, tmp_path / "a", is_trainable=not prompting).eval()

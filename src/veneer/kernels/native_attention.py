@@ -1,8 +1,8 @@
 """`veneer.kernels.attention` with everything between its products compiled.
 
-The products are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials with
-their sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is
-part of the second product. In float32 it is taken off afterwards.
+The products are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials
+with their sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken
+off is part of the second product. In float32 it is taken off afterwards.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ class _Rotary(torch.autograd.Function):
 
 def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether shapes and dtypes are those of the compiled form."""
-    of_angles = (x.shape[0], 1, *x.shape[2:]) if x.dim() == 4 else None
-    alike = all(each.is_contiguous() and each.shape in (of_angles, (1, *of_angles[1:])) for each in (cos, sin)) if of_angles else False
-    return alike and cos.shape == sin.shape and x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and native.suits(x, cos, sin)
+    if x.dim() != 4 or cos.shape != sin.shape or x.stride(-1) != 1 or x.shape[-1] % 2:
+        return False
+    of_all, of_each = ((rows, 1, *x.shape[2:]) for rows in (1, len(x)))
+    dense = cos.shape in (of_all, of_each) and cos.is_contiguous() and sin.is_contiguous()
+    return dense and native.suits(x, cos, sin)

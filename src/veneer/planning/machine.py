@@ -28,7 +28,9 @@ LAUNCH = 4e-6
 """Seconds a GPU's operation takes at least."""
 HERE = (None, "here", "cpu")
 """Names of this machine."""
-_HEAVY = re.compile(r"exp|log|silu|gelu|tanh|sigmoid|softmax|pow|rsqrt|sqrt|layer_norm|cos|sin|erf|sort|topk|norm")
+_HEAVY = re.compile(
+    r"exp|log|silu|gelu|tanh|sigmoid|softmax|pow|rsqrt|sqrt|layer_norm|cos|sin|erf|sort|topk|norm|gated"
+)
 _DRAWN = re.compile(r"dropout|bernoulli|rand|uniform_|normal_|exponential_")
 
 

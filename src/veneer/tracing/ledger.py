@@ -118,7 +118,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace != "aten":  # questions such as for a tensor's device
+        if func.namespace not in ("aten", "veneer"):  # questions such as for a tensor's device
             return result
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         for tensor in made:

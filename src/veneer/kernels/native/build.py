@@ -15,10 +15,20 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
+from veneer.errors import OutputError
 from veneer.storage import cache_dir, locked
 
 _SOURCES = ("native.c", "forms.h")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-std=gnu11")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-fPIC",
+    "-std=gnu11",
+)
 _WIDEST = "-mprefer-vector-width=512"
 """x86 compilers prefer half of what AVX-512 offers."""
 _SECONDS = 120
@@ -62,10 +72,18 @@ def _attempt() -> tuple[ctypes.CDLL | None, str]:
         return None, "turned off by VENEER_NATIVE=0"
     try:
         path = _compiled()
-        # Unresolved names are looked up at once, OpenMP's among what torch has loaded.
-        return ctypes.CDLL(str(path), mode=os.RTLD_NOW), f"compiled: {path}"
-    except (_Missing, OSError, subprocess.SubprocessError) as error:
+        try:
+            return _loaded(path), f"compiled: {path}"
+        except OSError:  # a file that was damaged
+            path.unlink()
+            return _loaded(_compiled()), f"compiled: {path}"
+    except (_Missing, OSError, OutputError, subprocess.SubprocessError) as error:
         return None, f"not compiled: {error}"
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """With names that it lacks looked up at once: OpenMP's, among what torch has loaded."""
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
 
 
 def _compiled() -> Path:
@@ -84,13 +102,13 @@ def _compiled() -> Path:
 
 def _key(command: list[str]) -> str:
     """Of all that the object depends on."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
-    parts = [version, " ".join(command).encode(), processor().encode()]
+    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
+    parts = [version, " ".join(command).encode(), _processor().encode()]
     parts += [Path(__file__).with_name(name).read_bytes() for name in _SOURCES]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def processor() -> str:
+def _processor() -> str:
     """Which instructions there are: a cache folder may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -45,8 +45,8 @@ static inline void FORM(gated_as)(const NUMBER *gate, const NUMBER *up, NUMBER *
         NUMBER *ys = y + row * width;
 #pragma omp simd
         for (size i = 0; i < width; i++) {
-            float g = WIDE(gs[i]);
-            ys[i] = NARROW(WIDE(NARROW(g * sigmoid_of(inner_of(g, act)))) * WIDE(us[i]));
+            float g = WIDE(gs[i]), opened = inverse_of(1.0f + against_of(inner_of(g, act)));
+            ys[i] = NARROW(WIDE(NARROW(g * opened)) * WIDE(us[i]));
         }
     }
 }
@@ -66,8 +66,9 @@ static inline void FORM(gated_backward_as)(const NUMBER *gate, const NUMBER *up,
         NUMBER *dgs = dgate + row * width, *dus = dup + row * width;
 #pragma omp simd
         for (size i = 0; i < width; i++) {
-            float g = WIDE(gs[i]), d = WIDE(dys[i]), opened = sigmoid_of(inner_of(g, act));
-            float slope = opened + g * opened * (1.0f - opened) * slope_of(g, act);
+            float g = WIDE(gs[i]), d = WIDE(dys[i]), against = against_of(inner_of(g, act));
+            float opened = inverse_of(1.0f + against); /* and what is not: against * opened, without a difference */
+            float slope = opened + g * opened * (against * opened) * slope_of(g, act);
             dgs[i] = NARROW(WIDE(NARROW(d * WIDE(us[i]))) * slope);
             dus[i] = NARROW(WIDE(NARROW(g * opened)) * d);
         }

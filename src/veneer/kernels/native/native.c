@@ -59,7 +59,7 @@ static inline float power_of(float x) {
     return x < -87.0f ? 0.0f : y;
 }
 
-/* Gates are x * sigmoid(a(x)): SiLU with a = x, GELU's tanh form with a = 2 sqrt(2/pi) (x + 0.044715 x^3). */
+/* Gates are x * sigmoid(a(x)), sigmoid(a) = 1 / (1 + e), e = exp(-a): SiLU with a = x, GELU's tanh form with a = 2 sqrt(2/pi) (x + 0.044715 x^3). */
 enum { SILU = 0, GELU_TANH = 1 };
 
 static inline float inner_of(float x, int act) {
@@ -77,12 +77,13 @@ static inline float inverse_of(float y) {
     bits = 0x7ef311c7u - bits;
     float z;
     memcpy(&z, &bits, sizeof z);
-    z = z * (2.0f - y * z);
-    z = z * (2.0f - y * z);
-    return z * (2.0f - y * z);
+    z = z + z * (1.0f - y * z); /* fused, so that the last one rounds once */
+    z = z + z * (1.0f - y * z);
+    return z + z * (1.0f - y * z);
 }
 
-static inline float sigmoid_of(float x) { return inverse_of(1.0f + exp_of(-x < 60.0f ? (-x > -87.0f ? -x : -87.0f) : 60.0f)); }
+/* exp(-x) within bounds that make no difference to 1 / (1 + exp(-x)). */
+static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -87.0f ? -x : -87.0f) : 60.0f); }
 
 #define SUMMED _Pragma("omp simd reduction(+ : sum)")
 #define EACH_HEAD(many)                                                                  \

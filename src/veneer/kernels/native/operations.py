@@ -1,7 +1,7 @@
 """What is compiled, as operations of torch's library ``veneer``.
 
-What each computes is said where it is used (`veneer.kernels`); shapes are given here. Tensors are dense unless it is said
-that only their last axis has to be.
+What each computes is said where it is used (`veneer.kernels`); shapes are given here. Tensors are dense unless it is
+said that only their last axis has to be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {0: F.silu, 1: functools.partial(F.gelu, approximate="tanh")}
 """Activations of gates, by their numbers in native.c."""
 _LIBRARY = torch.library.Library("veneer", "DEF")
-_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int, "s": ctypes.c_void_p}
+_KINDS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "i": ctypes.c_int,
+}
 _ARGUMENTS = {
     "rms_norm": "ppppnnfiii",
     "rms_norm_backward": "pppppnni",
@@ -93,6 +99,10 @@ def _nothing(*args: Any) -> None:
     """Of what writes in place."""
 
 
+def _like(x: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _two_like(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
@@ -111,7 +121,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rounded: bool) -> tuple[Tens
     return y, rho
 
 
-@_operation("rms_normed(Tensor x, Tensor weight, Tensor rho, bool rounded) -> Tensor", torch.empty_like)
+@_operation("rms_normed(Tensor x, Tensor weight, Tensor rho, bool rounded) -> Tensor", _like)
 def rms_normed(x: Tensor, weight: Tensor, rho: Tensor, rounded: bool) -> Tensor:
     """y once more."""
     y, width = torch.empty_like(x), x.shape[-1]
@@ -120,7 +130,7 @@ def rms_normed(x: Tensor, weight: Tensor, rho: Tensor, rounded: bool) -> Tensor:
     return y
 
 
-@_operation("rms_norm_backward(Tensor x, Tensor weight, Tensor rho, Tensor dy) -> Tensor", torch.empty_like)
+@_operation("rms_norm_backward(Tensor x, Tensor weight, Tensor rho, Tensor dy) -> Tensor", _like)
 def rms_norm_backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
     """dx."""
     dx, width = torch.empty_like(x), x.shape[-1]
@@ -129,7 +139,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Ten
     return dx
 
 
-@_operation("gated(Tensor gate, Tensor up, int act) -> Tensor", torch.empty_like)
+@_operation("gated(Tensor gate, Tensor up, int act) -> Tensor", _like)
 def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """y; act is one of `ACTS`."""
     y, width = torch.empty_like(gate), gate.shape[-1]
@@ -146,18 +156,16 @@ def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, act: int) -> tuple[Tens
     return dgate, dup
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def _turned(x: Tensor, *args: Any) -> Tensor:
     rows, heads, places, width = x.shape
-    if backward:  # as the linear map before it takes it
-        return x.new_empty(rows, places, heads, width).transpose(1, 2)
-    return x.new_empty(x.shape)
+    return x.new_empty(rows, places, heads, width).transpose(1, 2)  # as linear maps give and take it
 
 
 @_operation("rotary(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor", _turned)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    """y, dense; dx, its heads beside each other. x is ``[rows, heads, places, d]``, dense in its last axis; cosines and
-    sines are ``[rows or 1, 1, places, d]``."""
-    y = _turned(x, cos, sin, backward)
+    """y, or dx, the heads of a place beside each other in memory. x is ``[rows, heads, places, d]``, dense in its last
+    axis; cosines and sines are ``[rows or 1, 1, places, d]``."""
+    y = _turned(x)
     of_row = cos.stride(0) if len(cos) > 1 else 0
     _run("rotary", x, _at(x), _strides(x), _at(cos), _at(sin), of_row, _at(y), _strides(y), *x.shape, backward)
     return y
@@ -179,8 +187,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
     "pack(Tensor x, Tensor(a!) y, float scale, bool columns, Tensor? taken=None, float share=1.0) -> ()", _nothing
 )
 def pack(x: Tensor, y: Tensor, scale: float, columns: bool, taken: Tensor | None = None, share: float = 1.0) -> None:
-    """``scale · x`` into y; both ``[rows, heads, places, d]`` and dense in their last axis. With columns y is two longer:
-    their sum is ``share · taken``, which is ``[rows, heads, places]``, or without it each is ``share``."""
+    """``scale · x`` into y; both ``[rows, heads, places, d]`` and dense in their last axis. With columns y is two
+    longer: their sum is ``share · taken``, which is ``[rows, heads, places]``, or without it each is ``share``."""
     of = _strides(x), _strides(y)
     _run("pack", x, _at(x), of[0], _at(y), of[1], *x.shape, scale, columns, _at(taken), share)
 
@@ -192,9 +200,7 @@ def columns(y: Tensor, taken: Tensor, share: float) -> None:
     _run("columns", y, _at(y), y.numel() // width, width, _at(taken), share)
 
 
-@_operation(
-    "dots(Tensor x, Tensor y) -> Tensor", lambda x, y: x.new_empty(x.shape[:-1], dtype=torch.float32)
-)
+@_operation("dots(Tensor x, Tensor y) -> Tensor", lambda x, y: x.new_empty(x.shape[:-1], dtype=torch.float32))
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """Sums of x · y over the last axis, in which alone both have to be dense; ``[rows, heads, places]``."""
     found = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -206,7 +212,11 @@ _SCORES = "Tensor? mask, int first, float scale"
 
 
 def _of_mask(mask: Tensor | None) -> Any:
-    return None if mask is None else (ctypes.c_int64 * 3)(*(0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True)))
+    return (
+        None
+        if mask is None
+        else (ctypes.c_int64 * 3)(*(0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True)))
+    )
 
 
 @_operation(

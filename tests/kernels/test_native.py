@@ -1,0 +1,243 @@
+"""The forms in C beside the plain ones: the same numbers, or as near to the exact ones; and what happens without them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from veneer.kernels import native, native_attention
+from veneer.kernels.attention import attention
+from veneer.kernels.cross_entropy import cross_entropy_sum
+from veneer.kernels.gated import gated
+from veneer.kernels.native import build, operations
+from veneer.kernels.rms_norm import rms_norm
+from veneer.kernels.rotary import rotary
+
+compiled = pytest.mark.skipif(not native.there(), reason=f"the forms in C are {native.state()}")
+DTYPES = [torch.float32, torch.bfloat16]
+BOUND = 1.1
+"""How much further from the exact result than the plain form."""
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations in C that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "veneer":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def errors(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> tuple[list[float], set[str]]:
+    """How far output and gradients are from those in float64, relative to these, of the same rounded inputs."""
+    rounded = [each.to(dtype) for each in inputs]
+    results = []
+    with Called() as called:
+        for tensors in (rounded, [each.double() for each in rounded]):
+            given = [each.clone().requires_grad_() for each in tensors]
+            output = function(*given)
+            weights = torch.linspace(-1, 1, output.numel()).cos().view(output.shape).to(output.dtype)
+            results.append((output.detach(), *torch.autograd.grad((output * weights).sum(), given)))
+    pairs = zip(*results, strict=True)
+    return [float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs], called.names
+
+
+def as_near(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, *expected: str) -> None:
+    """As the plain form is; and the form in C did run."""
+    ours, called = errors(function, inputs, dtype)
+    assert called >= set(expected)
+    with native.plain():
+        plain, called = errors(function, inputs, dtype)
+    assert not called
+    for mine, other in zip(ours, plain, strict=True):
+        assert mine <= BOUND * other + 1e-8, (ours, plain)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize("width", [576, 37])
+def test_rms_norm(dtype: torch.dtype, rounded: bool, width: int) -> None:
+    weight = numbers(width, seed=1).to(dtype)
+    norm = functools.partial(rms_norm, eps=1e-5, rounded=rounded)
+    as_near(lambda x: norm(x, weight.to(x.dtype)), [numbers(4, 9, width)], dtype, "rms_norm", "rms_norm_backward")
+    sparse = numbers(4, 2 * width, 9).to(dtype).mT[..., ::2].requires_grad_()  # not dense
+    (dx,) = torch.autograd.grad(norm(sparse, weight).sum(), sparse)
+    copy = sparse.detach().contiguous().requires_grad_()
+    assert torch.equal(dx, torch.autograd.grad(norm(copy, weight).sum(), copy)[0])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", [F.silu, torch.nn.SiLU(), functools.partial(F.gelu, approximate="tanh")])
+def test_gated(dtype: torch.dtype, act: Callable[[Tensor], Tensor]) -> None:
+    inputs = [4 * numbers(5, 7, 67), numbers(5, 7, 67, seed=1)]
+    as_near(lambda gate, up: gated(gate, up, act), inputs, dtype, "gated", "gated_backward")
+
+
+@compiled
+def test_other_activations_are_left_as_they_are() -> None:
+    for act in (torch.relu, F.gelu, torch.tanh):
+        _, called = errors(lambda gate, up, act=act: gated(gate, up, act), [numbers(3, 8), numbers(3, 8)], DTYPES[1])
+        assert not called
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rotary(dtype: torch.dtype, rows: int) -> None:
+    angles = numbers(rows, 1, 11, 24, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        return rotary(x.transpose(1, 2), cos.to(x.dtype), sin.to(x.dtype))
+
+    as_near(turned, [numbers(3, 11, 5, 24)], dtype, "rotary")
+    x = numbers(3, 11, 5, 24).bfloat16()
+    if dtype == torch.bfloat16:
+        with native.plain():
+            plain = turned(x)
+        assert torch.equal(turned(x), plain)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    targets = torch.randint(0, 301, (40,), generator=torch.Generator().manual_seed(3))
+    inputs = [3 * numbers(40, 16), numbers(301, 16, seed=1)]
+    as_near(lambda h, w: cross_entropy_sum(h, w, None, targets)[0][None], inputs, dtype, "cross_entropy")
+
+
+@compiled
+def test_hits_are_the_first_of_the_greatest() -> None:
+    logits = torch.tensor([[1.0, 5, 5, 0], [1.0, 5, 5, 0], [7.0, 5, 5, 0], [0.0, 0, 0, 0]])
+    _, hits = operations.cross_entropy(logits.clone(), torch.tensor([1, 2, 0, 3]), False)
+    assert hits.tolist() == [1, 0, 1, 0]
+    kept = logits.clone()
+    operations.cross_entropy(kept, torch.tensor([1, 2, 0, 3]), False)
+    assert torch.equal(kept, logits)
+
+
+MASKS = {
+    "none": lambda: None,
+    "bool": lambda: numbers(3, 1, 70, 70, seed=7) > -0.5,
+    "by head": lambda: numbers(1, 6, 70, 70, seed=7),
+    "padding": lambda: (torch.arange(70) < torch.tensor([70, 31, 9])[:, None])[:, None, None],
+}
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("mask", "causal"), [("none", True), *((name, False) for name in MASKS)])
+@pytest.mark.parametrize(("groups", "scale"), [(2, 0.25), (6, 0.3)])
+def test_attention(
+    dtype: torch.dtype, mask: str, causal: bool, groups: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_attention, "_BLOCK", 32)
+    monkeypatch.setattr(native_attention, "_SCORES", 2 * 6 * 32 * 70)
+    where = MASKS[mask]()
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        added = where if where is None or where.dtype == torch.bool else where.to(query.dtype)
+        return attention(*(each.transpose(1, 2) for each in (query, key, value)), added, causal, scale)
+
+    inputs = [numbers(3, 70, heads, 16, seed=heads + at) for at, heads in enumerate((6, groups, groups))]
+    as_near(attended, inputs, dtype, "powers", "change", "divided")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_that_sees_nothing_gives_nothing(dtype: torch.dtype) -> None:
+    query, key, value = (numbers(2, 2, 5, 8, seed=seed).to(dtype).requires_grad_() for seed in range(3))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    mask[0, :, 1] = False
+    output = attention(query, key, value, mask, False, 0.5)
+    assert (output[0, :, 1] == 0).all()
+    for gradient in torch.autograd.grad(output.square().sum(), (query, key, value)):
+        assert gradient.isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_is_not_hidden(dtype: torch.dtype) -> None:
+    x = numbers(3, 64).to(dtype)
+    x[1, 5] = float("nan")
+    y = operations.rms_norm(x, torch.ones(64), 1e-5, True)[0]
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    assert operations.gated(x, x, 0).isnan().nonzero().tolist() == [[1, 5]]
+    losses, _ = operations.cross_entropy(x.clone(), torch.tensor([1, 2, 3]), True)
+    assert losses.isnan().tolist() == [False, True, False]
+
+
+@compiled
+def test_bits_do_not_depend_on_threads() -> None:
+    x, up = numbers(50, 96).bfloat16(), numbers(50, 96, seed=1).bfloat16()
+    q = numbers(3, 4, 50, 16).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            norm, scores = operations.rms_norm(x, torch.ones(96), 1e-5, True), numbers(3, 4, 50, 50).bfloat16()
+            sums = operations.powers(scores, None, 0, 0.5, None)
+            found.append([*norm, operations.gated(x, up, 0), scores, sums, operations.dots(q, q)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing has been compiled or loaded yet."""
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    build._attempt.cache_clear()
+    yield tmp_path
+    build._attempt.cache_clear()
+
+
+@compiled
+def test_a_damaged_object_is_compiled_again(anew: Path) -> None:
+    assert native.there()
+    (path,) = anew.glob("native/*.so")
+    path.with_name("torn").write_bytes(path.read_bytes()[:100])
+    path.with_name("torn").replace(path)
+    build._attempt.cache_clear()
+    assert native.there()
+    assert [each.name for each in anew.glob("native/*.so")] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("CC", "false", "false failed"),
+        ("CC", "no-such-compiler", "no-such-compiler"),
+        ("PATH", "", "no C compiler"),
+        ("VENEER_NATIVE", "0", "VENEER_NATIVE"),
+    ],
+)
+def test_without_a_compiler_the_plain_forms_run(
+    anew: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv(name, value)
+    assert not native.there()
+    assert told in native.state()
+    assert not list(anew.glob("native/*.so"))
+    found, called = errors(lambda g, u: gated(g, u, F.silu), [numbers(3, 8), numbers(3, 8, seed=1)], torch.float32)
+    assert not called
+    assert max(found) < 1e-6
