@@ -82,8 +82,8 @@ def _attempt() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    """With names that it lacks looked up at once: OpenMP's, among what torch has loaded."""
-    return ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+    """Names that it lacks, OpenMP's, are looked up at once among what torch has loaded."""
+    return ctypes.CDLL(str(path))
 
 
 def _compiled() -> Path:
