@@ -117,8 +117,7 @@ def _arithmetic() -> Iterator[Check]:
     yield Check(section, "CPU", None, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     fast = fast_bfloat16(torch.device("cpu"))
     yield Check(section, "bfloat16 on the CPU", None, "fast" if fast else "slow here: dtype=auto takes float32 instead")
-    advice = "Training on the CPU takes longer without; install a C compiler with OpenMP, such as gcc."
-    yield Check(section, "forms in C", native.there() or None, native.state(), advice)
+    yield Check(section, "forms in C", native.there() or None, native.state())
     yield from _gpus(section)
 
 

@@ -5,7 +5,8 @@
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
     rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
 
-A module is taken for one of these if it is built like one and, tried once a class, computes the very same numbers.
+A module is taken for one of these if it is built like one and, tried once a class, the plain form computes the very
+same numbers; what is compiled of it (`veneer.kernels.native`) is as near to the exact ones.
 Nothing of it stays: the modules' own methods are back when the forward is over.
 """
 

@@ -68,7 +68,11 @@ class _CrossEntropySum(torch.autograd.Function):
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
         room = hidden.new_empty(rows, len(weight))
-        work = None if native.suits(hidden) else hidden.new_empty(few, len(weight), dtype=wide)
+        work = (
+            None
+            if native.suits(hidden) and hidden.dtype == weight.dtype
+            else hidden.new_empty(few, len(weight), dtype=wide)
+        )
         for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
             logits = torch.mm(h, weight.t(), out=room[: len(h)])

@@ -2,7 +2,7 @@
 
 The products are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials
 with their sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken
-off is part of the second product. In float32 it is taken off afterwards.
+off is part of the second product.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _BLOCK = 128
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether this computes what `attention` does with these arguments."""
-    dense = all(each.stride(-1) == 1 for each in (query, key, value) if each.shape[-1] > 1)
-    readable = mask is None or (mask.shape[-1] == 1 or mask.stride(-1) == 1)
-    return dense and readable and native.suits(query, key, value)
+    dense = all(each.stride(-1) == 1 for each in (query, key, value))
+    readable = mask is None or (mask.dim() == 4 and mask.stride(-1) == 1)
+    return dense and readable and query.dtype == torch.bfloat16 and native.suits(query) and native.suits(key, value)
 
 
 class _Part(NamedTuple):
@@ -62,15 +62,14 @@ def forward(
     rows, heads, queries, width = query.shape
     output = query.new_empty(rows, queries, heads, width).transpose(1, 2)
     logs = query.new_empty(rows, heads, queries, dtype=torch.float32)
-    (before, after), in_product = _split(scale), query.dtype != torch.float32
+    before, after = _split(scale)
     for own, seen, masks, first in _parts(query, key, mask, causal):
         q, k = _packed(query[own], before), _packed(key[seen], 1.0, -1.0)
         scores = _product(q, k)
         taken = c.greatest(scores, masks, first, after)
-        if in_product:
-            c.columns(q, taken, 1 / after)
-            torch.bmm(_joined(q, k), _joined(k, k).mT, out=_joined(scores, k))
-        sums = c.powers(scores, masks, first, after, None if in_product else taken)
+        c.columns(q, taken, 1 / after)
+        torch.bmm(_joined(q, k), _joined(k, k).mT, out=_joined(scores, k))
+        sums = c.powers(scores, masks, first, after)
         c.divided(_onto(scores, _dense(value[seen])), sums, taken, output[own])
         logs[own] = taken
     return output, logs
@@ -82,15 +81,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of query, key and value; dense."""
     dq, dk, dv = (each.new_empty(each.shape) for each in (query, key, value))
-    (before, after), in_product = _split(scale), query.dtype != torch.float32
+    before, after = _split(scale)
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     for own, seen, masks, first in _parts(query, key, mask, causal):
         q, k, v, g = query[own], key[seen], value[seen], gradient[own]
         taken, dots = logs[own].contiguous(), c.dots(g, output[own])
         powers = _product(_packed(q, before, 1 / after, taken), _packed(k, 1.0, -1.0))
-        c.powers(powers, masks, first, after, None if in_product else taken)
+        c.powers(powers, masks, first, after)
         change = _product(_packed(g, 1.0, 1.0, dots), _packed(v, 1.0, -1.0))
-        c.change(change, powers, None if in_product else dots)
+        c.change(change, powers)
         begun = causal and first + _BLOCK < query.shape[2]
         _add(dv[seen], powers, _dense(g), 1.0, begun)
         _add(dk[seen], change, _dense(q), scale, begun)
@@ -103,23 +102,19 @@ def _split(scale: float) -> tuple[float, float]:
     return (scale, 1.0) if math.frexp(scale)[0] == 0.5 else (1.0, scale)
 
 
-def _packed(x: Tensor, scale: float = 1.0, share: float = 0.0, taken: Tensor | None = None) -> Tensor:
-    """``scale · x``, dense; in 16 bits with two more columns, which `operations.pack` describes."""
-    if x.dtype == torch.float32:
-        return _dense(x) if scale == 1 else _scaled(x, scale)
+def _packed(x: Tensor, scale: float, share: float = 0.0, taken: Tensor | None = None) -> Tensor:
+    """``scale · x``, dense, with two more columns, which `operations.pack` describes."""
     packed = x.new_empty(*x.shape[:-1], x.shape[-1] + 2)
     c.pack(x, packed, scale, True, taken, share)
     return packed
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    y = x.new_empty(x.shape)
-    c.pack(x, y, scale, False)
-    return y
-
-
 def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else _scaled(x, 1.0)
+    if x.is_contiguous():
+        return x
+    y = x.new_empty(x.shape)
+    c.pack(x, y, 1.0, False)
+    return y
 
 
 def _joined(x: Tensor, key: Tensor) -> Tensor:

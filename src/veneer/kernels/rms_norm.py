@@ -35,18 +35,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rounded: bool) -> Tensor:
 
 
 def _normed(rounded: bool, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
-    if native.suits(x):
-        y: Tensor = operations.rms_normed(x.contiguous(), weight.float(), rho, rounded)
+    if _compiled(x, weight):
+        y: Tensor = operations.rms_normed(x.contiguous(), weight.float().contiguous(), rho, rounded)
         return y
     normed = x.to(rho.dtype, copy=True).mul_(rho)  # operands of one dtype: mixed ones are far slower
     return normed.to(x.dtype).mul_(weight) if rounded else normed.mul_(weight).to(x.dtype)
 
 
+def _compiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a form in C for these."""
+    return weight.shape == x.shape[-1:] and weight.device == x.device and native.suits(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounded: bool) -> tuple[Tensor, Tensor]:
-        if native.suits(x):
-            y, rho = operations.rms_norm(x.contiguous(), weight.float(), eps, rounded)
+        if _compiled(x, weight):
+            y, rho = operations.rms_norm(x.contiguous(), weight.float().contiguous(), eps, rounded)
         else:
             rho = x.to(wider(x.dtype)).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
             y = _normed(rounded, x, weight, rho)
@@ -58,8 +63,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> Any:
         x, weight, rho = ctx.saved_tensors
-        if native.suits(x, gradient):
-            dx = operations.rms_norm_backward(x.contiguous(), weight.float(), rho, gradient.contiguous())
+        if _compiled(x, weight) and native.suits(x, gradient):
+            dx = operations.rms_norm_backward(x.contiguous(), weight.float().contiguous(), rho, gradient.contiguous())
             return dx, None, None, None
         dy = gradient.to(rho.dtype, copy=True).mul_(weight.to(rho.dtype))
         normed = x.to(rho.dtype, copy=True).mul_(rho)

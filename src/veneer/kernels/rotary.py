@@ -3,7 +3,7 @@
     y₁ = x₁ cos₁ − x₂ sin₁,   y₂ = x₂ cos₂ + x₁ sin₂,       dx₁ = dy₁ cos₁ + dy₂ sin₂,   dx₂ = dy₂ cos₂ − dy₁ sin₁
 
 x₁ and x₂ are the halves of a head (Su et al. 2021, arXiv:2104.09864, §3.4.2; halves rather than neighbours, as most
-models have it). Every product and sum is rounded where models round it.
+models have it). In 16 bits every product and sum is rounded where models round it; the form in C fuses them in float32.
 """
 
 from __future__ import annotations
@@ -56,4 +56,4 @@ def _compiled(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         return False
     of_all, of_each = ((rows, 1, *x.shape[2:]) for rows in (1, len(x)))
     dense = cos.shape in (of_all, of_each) and cos.is_contiguous() and sin.is_contiguous()
-    return dense and native.suits(x, cos, sin)
+    return dense and x.dtype == cos.dtype and native.suits(x) and native.suits(cos, sin)

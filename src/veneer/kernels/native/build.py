@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -15,9 +16,9 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
-from veneer.errors import OutputError
 from veneer.storage import cache_dir, locked
 
+_OPENMP = "-fopenmp"
 _SOURCES = ("native.c", "forms.h")
 _FLAGS = (
     "-O3",
@@ -48,7 +49,7 @@ def there() -> bool:
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Inside the block they are not."""
+    """Inside the block they are not, in this thread."""
     before = _plain.set(True)
     try:
         yield
@@ -71,41 +72,50 @@ def _attempt() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("VENEER_NATIVE", "1") == "0":
         return None, "turned off by VENEER_NATIVE=0"
     try:
-        path = _compiled()
-        try:
-            return _loaded(path), f"compiled: {path}"
-        except OSError:  # a file that was damaged
-            path.unlink()
-            return _loaded(_compiled()), f"compiled: {path}"
-    except (_Missing, OSError, OutputError, subprocess.SubprocessError) as error:
+        return _loaded()
+    except Exception as error:  # whatever it is, training goes on without, and the doctor tells
         return None, f"not compiled: {error}"
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
-    """Names that it lacks, OpenMP's, are looked up at once among what torch has loaded."""
-    return ctypes.CDLL(str(path))
-
-
-def _compiled() -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise _Missing("no C compiler found (cc, gcc or $CC)")
-    command = [*compiler.split(), *_FLAGS, *([_WIDEST] if platform.machine() == "x86_64" else [])]
+def _loaded() -> tuple[ctypes.CDLL, str]:
+    command = _command()
     path = cache_dir() / "native" / f"{_key(command)}.so"
-    if path.exists():
-        return path
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with locked(path):
         if not path.exists():
             _compile(command, path)
-    return path
+        try:
+            found = _opened(path)
+        except OSError as error:
+            if "undefined symbol" in str(error):  # OpenMP's, of another compiler than torch's
+                raise
+            path.unlink()  # a file that was damaged
+            _compile(command, path)
+            found = _opened(path)
+    return found, f"compiled: {path}"
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """Names that it lacks, OpenMP's, are looked up at once among what torch has loaded."""
+    for each in (path, path.parent):
+        found = each.stat()
+        if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+            raise _Missing(f"{each} can be written by others, so nothing is loaded from it")
+    return ctypes.CDLL(str(path))
+
+
+def _command() -> list[str]:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        raise _Missing("no C compiler found (cc, gcc or $CC)")
+    return [*shlex.split(compiler), *_FLAGS, *([_WIDEST] if platform.machine() == "x86_64" else [])]
 
 
 def _key(command: list[str]) -> str:
     """Of all that the object depends on."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
-    parts = [version, " ".join(command).encode(), _processor().encode()]
-    parts += [Path(__file__).with_name(name).read_bytes() for name in _SOURCES]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    parts = [_run([*command, "--version"]), *command, _processor()]
+    parts += [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _SOURCES]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
@@ -122,13 +132,18 @@ def _compile(command: list[str], path: Path) -> None:
     """Write the object under another name, then put it in its place."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
-        source = Path(__file__).with_name(_SOURCES[0])
-        _run([*command, "-c", str(source), "-o", str(compiled)])
-        _run([command[0], "-shared", str(compiled), "-o", str(linked)])  # without -fopenmp: torch's own is there
+        _run([*command, "-c", str(Path(__file__).with_name(_SOURCES[0])), "-o", str(compiled)])
+        unlinked = [each for each in command if each != _OPENMP]  # torch's own is there
+        _run([*unlinked, "-shared", str(compiled), "-o", str(linked), "-lm"])
+        linked.chmod(0o644)
+        with linked.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(linked, path)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
     if done.returncode:
-        raise _Missing(f"{' '.join(command[:1])} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        said = [*done.stderr.strip().splitlines(), "no message"][0]
+        raise _Missing(f"{command[0]} failed: {said}")
+    return done.stdout

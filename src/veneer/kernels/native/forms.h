@@ -112,12 +112,13 @@ void FORM(rotary)(const NUMBER *x, const size *of_x, const NUMBER *cos, const NU
     }
 }
 
-/* Per row of logits: the loss, whether the target is the first of the greatest, and the gradient in their place. */
-void FORM(cross_entropy)(NUMBER *logits, const int64_t *targets, float *losses, int64_t *hits, size rows, size width,
-                         int gradient, int threads) {
+/* Per row of logits: the loss, whether the target is the first of the greatest, and the gradient in their place. Work
+   has a row for each thread. */
+void FORM(cross_entropy)(NUMBER *logits, const int64_t *targets, float *losses, int64_t *hits, float *work, size rows,
+                         size width, int gradient, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        float *powers = malloc(width * sizeof(float));
+        float *powers = work + omp_get_thread_num() * width;
 #pragma omp for schedule(static)
         for (size row = 0; row < rows; row++) {
             NUMBER *zs = logits + row * width;
@@ -142,7 +143,6 @@ void FORM(cross_entropy)(NUMBER *logits, const int64_t *targets, float *losses, 
                 zs[target] = NARROW(wanted);
             }
         }
-        free(powers);
     }
 }
 
@@ -219,43 +219,41 @@ void FORM(greatest)(const NUMBER *scores, const NUMBER *mask, const size *of_mas
     }
 }
 
-/* exp(scale * score + mask - taken) in the place of scores, nought for keys in the future; and their sums. */
-void FORM(powers)(NUMBER *scores, const NUMBER *mask, const size *of_mask, const float *taken, float *sums, size rows,
-                  size heads, size queries, size keys, size first, float scale, int threads) {
+/* exp(scale * score + mask) in the place of scores, nought for keys in the future; and their sums. */
+void FORM(powers)(NUMBER *scores, const NUMBER *mask, const size *of_mask, float *sums, size rows, size heads,
+                  size queries, size keys, size first, float scale, int threads) {
     EACH_HEAD(queries) {
         const size seen = first < 0 || first + place + 1 > keys ? keys : first + place + 1;
         NUMBER *ss = scores + at * keys;
-        const float less = taken ? taken[at] : 0.0f;
         float sum = 0;
         if (mask) {
             const NUMBER *ms = mask + row * of_mask[0] + head * of_mask[1] + place * of_mask[2];
             SUMMED
             for (size i = 0; i < seen; i++) {
-                const float power = power_of(WIDE(ss[i]) * scale - less + WIDE(ms[i]));
+                const float power = power_of(WIDE(ss[i]) * scale + WIDE(ms[i]));
                 ss[i] = NARROW(power);
                 sum += WIDE(ss[i]);
             }
         } else {
             SUMMED
             for (size i = 0; i < seen; i++) {
-                const float power = power_of(WIDE(ss[i]) * scale - less);
+                const float power = power_of(WIDE(ss[i]) * scale);
                 ss[i] = NARROW(power);
                 sum += WIDE(ss[i]);
             }
         }
         memset(ss + seen, 0, (keys - seen) * sizeof *ss);
-        if (sums) sums[at] = sum;
+        sums[at] = sum;
     }
 }
 
-/* (change - taken) * powers in the place of change. */
-void FORM(change)(NUMBER *change, const NUMBER *powers, const float *taken, size rows, size width, int threads) {
+/* change * powers in the place of change. */
+void FORM(change)(NUMBER *change, const NUMBER *powers, size rows, size width, int threads) {
     EACH_ROW
     for (size row = 0; row < rows; row++) {
-        const float less = taken ? taken[row] : 0.0f;
         NUMBER *cs = change + row * width;
         const NUMBER *ps = powers + row * width;
-        for (size i = 0; i < width; i++) cs[i] = NARROW((WIDE(cs[i]) - less) * WIDE(ps[i]));
+        for (size i = 0; i < width; i++) cs[i] = NARROW(WIDE(cs[i]) * WIDE(ps[i]));
     }
 }
 

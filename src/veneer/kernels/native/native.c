@@ -7,8 +7,8 @@
    has loaded: the object is linked without one of its own, since two pools would wait for each other's cores. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 typedef uint16_t bfloat16;

@@ -34,27 +34,24 @@ _ARGUMENTS = {
     "gated": "pppnnii",
     "gated_backward": "pppppnnii",
     "rotary": "psppnpsnnnnii",
-    "cross_entropy": "ppppnnii",
+    "cross_entropy": "pppppnnii",
     "pack": "pspsnnnnfipfi",
     "columns": "pnnpfi",
     "dots": "pspspnnnni",
     "greatest": "ppspnnnnnfi",
-    "powers": "ppsppnnnnnfi",
-    "change": "pppnni",
+    "powers": "ppspnnnnnfi",
+    "change": "ppnni",
     "divided": "ppppsnnnni",
 }
 """Of the C functions: p pointers, s strides, n sizes, f float, i int; the last is the number of threads."""
 
 
 def suits(*tensors: Tensor) -> bool:
-    """Whether there is a compiled form for tensors of this device and dtype, all of one."""
+    """Whether there is a compiled form for such tensors: on the processor, not empty, all of one dtype and shape."""
     first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in _NAMES
-        and all(each.dtype == first.dtype and each.device == first.device for each in tensors[1:])
-        and there()
-    )
+    alike = all(each.dtype == first.dtype and each.shape == first.shape for each in tensors[1:])
+    here = all(each.device.type == "cpu" for each in tensors)
+    return here and alike and first.dtype in _NAMES and first.numel() > 0 and there()
 
 
 @functools.cache
@@ -177,9 +174,18 @@ def _by_row(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @_operation("cross_entropy(Tensor(a!) logits, Tensor targets, bool gradient) -> (Tensor, Tensor)", _by_row)
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss and hit of each row of logits ``[n, v]``, which become their gradient."""
+    """Loss and hit of each row of logits ``[n, v]``, which become their gradient; targets are ``[n]``.
+
+    Raises:
+        IndexError: a target is none of the classes.
+    """
+    targets = targets.long().contiguous()
+    if not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"Targets reach from {targets.min()} to {targets.max()}; there are {logits.shape[1]} classes.")
     losses, hits = _by_row(logits)
-    _run("cross_entropy", logits, _at(logits), _at(targets), _at(losses), _at(hits), *logits.shape, gradient)
+    work = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
+    tensors = (_at(each) for each in (logits, targets, losses, hits, work))
+    _run("cross_entropy", logits, *tensors, *logits.shape, gradient)
     return losses, hits
 
 
@@ -234,22 +240,22 @@ def greatest(scores: Tensor, mask: Tensor | None, first: int, scale: float) -> T
 
 
 @_operation(
-    f"powers(Tensor(a!) scores, {_SCORES}, Tensor? taken) -> Tensor",
+    f"powers(Tensor(a!) scores, {_SCORES}) -> Tensor",
     lambda scores, *args: scores.new_empty(scores.shape[:-1], dtype=torch.float32),
 )
-def powers(scores: Tensor, mask: Tensor | None, first: int, scale: float, taken: Tensor | None) -> Tensor:
+def powers(scores: Tensor, mask: Tensor | None, first: int, scale: float) -> Tensor:
     """Their exponentials in their place, and the sums of these, by query."""
     sums = scores.new_empty(scores.shape[:-1], dtype=torch.float32)
     of_mask = _of_mask(mask)
-    _run("powers", scores, _at(scores), _at(mask), of_mask, _at(taken), _at(sums), *scores.shape, first, scale)
+    _run("powers", scores, _at(scores), _at(mask), of_mask, _at(sums), *scores.shape, first, scale)
     return sums
 
 
-@_operation("change(Tensor(a!) change, Tensor powers, Tensor? taken) -> ()", _nothing)
-def change(change: Tensor, powers: Tensor, taken: Tensor | None) -> None:
-    """``(change − taken) · powers`` in the place of change ``[…, keys]``."""
+@_operation("change(Tensor(a!) change, Tensor powers) -> ()", _nothing)
+def change(change: Tensor, powers: Tensor) -> None:
+    """``change · powers`` in the place of change ``[…, keys]``."""
     width = change.shape[-1]
-    _run("change", change, _at(change), _at(powers), _at(taken), change.numel() // width, width)
+    _run("change", change, _at(change), _at(powers), change.numel() // width, width)
 
 
 @_operation("divided(Tensor x, Tensor sums, Tensor(a!) logs, Tensor(b!) y) -> ()", _nothing)
