@@ -46,7 +46,7 @@ def test_smollm_learns_an_answer_format(smollm: veneer.Base) -> None:
     adapter = smollm.attach(veneer.LoRA(rank=4), task=task.describe())
     few = training.select(range(96))
     veneer.train(adapter, few, validation=0, epochs=1, batch_size=8, learning_rate=1e-3)
-    report = veneer.evaluate(adapter, held_out, limit=24)
+    report = veneer.evaluate(adapter, held_out, limit=60)  # of 24 rows half must be right to tell it from the base
     assert report.base is not None
     assert report.adapter["json_match"].low > report.base["json_match"].high  # type: ignore[operator]
     assert report.adapter["loss"].value < report.base["loss"].value / 3
