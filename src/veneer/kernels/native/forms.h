@@ -83,7 +83,7 @@ void FORM(gated_backward)(const NUMBER *gate, const NUMBER *up, const NUMBER *dy
         FORM(gated_backward_as)(gate, up, dy, dgate, dup, rows, width, GELU_TANH, threads);
 }
 
-/* Turns heads [rows, heads, places, width] of any strides but the last; towards: 1, or -1 for the backward. Cosines and
+/* Turns heads [rows, heads, places, width] of any strides but the last; backward turns them back. Cosines and
    sines are dense [rows, places, width], or the same for all rows. */
 void FORM(rotary)(const NUMBER *x, const size *of_x, const NUMBER *cos, const NUMBER *sin, size of_row, NUMBER *y,
                   const size *of_y, size rows, size heads, size places, size width, int backward, int threads) {

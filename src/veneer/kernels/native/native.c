@@ -59,7 +59,8 @@ static inline float power_of(float x) {
     return x < -87.0f ? 0.0f : y;
 }
 
-/* Gates are x * sigmoid(a(x)), sigmoid(a) = 1 / (1 + e), e = exp(-a): SiLU with a = x, GELU's tanh form with a = 2 sqrt(2/pi) (x + 0.044715 x^3). */
+/* Gates are x * sigmoid(a(x)), sigmoid(a) = 1 / (1 + e), e = exp(-a): SiLU with a = x, GELU's tanh form with
+   a = 2 sqrt(2/pi) (x + 0.044715 x^3). */
 enum { SILU = 0, GELU_TANH = 1 };
 
 static inline float inner_of(float x, int act) {
@@ -70,7 +71,7 @@ static inline float slope_of(float x, int act) {
     return act == SILU ? 1.0f : 1.5957691216057308f * (1.0f + 0.134145f * x * x);
 }
 
-/* 1 / y of y from 1 to 1e30: Newton's steps from a guess by the exponent, in half the time of a division. */
+/* 1 / y of y from 1 to 1e30: Newton's steps from a guess by the exponent. */
 static inline float inverse_of(float y) {
     uint32_t bits;
     memcpy(&bits, &y, sizeof bits);
