@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from veneer.kernels import native, native_attention
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
-from veneer.kernels.native import build, operations
+from veneer.kernels.low_rank import low_rank_linears
+from veneer.kernels.native import build, linears, operations
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
 COMPILER = os.environ.get("VENEER_NATIVE") != "0" and sys.platform == "linux" and shutil.which("gcc") is not None
 compiled = pytest.mark.skipif(not COMPILER, reason="there is no gcc, or VENEER_NATIVE=0")
+tiled = pytest.mark.skipif(not COMPILER or not linears.tiles(), reason="there are no tiles (AMX)")
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = 1.1
 """How much further from the exact result than the plain form."""
@@ -97,6 +100,136 @@ def test_rms_norm(dtype: torch.dtype, rounded: bool, width: int) -> None:
 def test_gated(dtype: torch.dtype, act: Callable[[Tensor], Tensor]) -> None:
     inputs = [4 * numbers(5, 7, 67), numbers(5, 7, 67, seed=1)]
     as_near(lambda gate, up: gated(gate, up, act), inputs, dtype, "gated", "gated_backward")
+
+
+def maps(n: int, width: int, outs: Sequence[int], biased: bool = False) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights and biases of the first maps."""
+    weights = [numbers(out, width, seed=out) / width**0.5 for out in outs[:n]]
+    return weights, [numbers(out, seed=out + 1) if biased else None for out in outs[:n]]
+
+
+def changed(weights: Sequence[Tensor], biases: Sequence[Tensor | None], wide: bool = False) -> Callable[..., Tensor]:
+    """Their outputs beside each other, of x and the factors A, then B."""
+    n = len(weights)
+
+    def run(x: Tensor, *factors: Tensor) -> Tensor:
+        own = [each.to(x.dtype) for each in weights], [each if each is None else each.to(x.dtype) for each in biases]
+        given = [each.float() if wide and x.dtype == torch.bfloat16 else each for each in factors]
+        return torch.cat(low_rank_linears(x, *own, given[:n], given[n:], [2.0, 1.0, 0.5][:n]), -1)
+
+    return run
+
+
+OUTS, RANKS = (64, 32, 96), (16, 3, 40)
+
+
+@tiled
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [(3, 41), (1, 1), (256,)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_low_rank(n: int, rows: tuple[int, ...], biased: bool, wide: bool) -> None:
+    """Also of few rows, ranks that fill no tile, and more maps than one."""
+    inputs = [numbers(*rows, 160), *(numbers(rank, 160, seed=1) / 13 for rank in RANKS[:n])]
+    inputs += [numbers(out, rank, seed=2) for out, rank in zip(OUTS[:n], RANKS[:n], strict=True)]
+    run = changed(*maps(n, 160, OUTS, biased), wide)
+    as_near(run, inputs, torch.bfloat16, "low_rank_linears", "low_rank_linears_backward")
+
+
+@tiled
+def test_low_rank_in_several_panels_at_once() -> None:
+    """More columns than are laid out at once, more rows than are multiplied at once."""
+    inputs = [numbers(700, 1024), numbers(16, 1024, seed=1) / 32, numbers(2048, 16, seed=2)]
+    as_near(changed(*maps(1, 1024, [2048])), inputs, torch.bfloat16, "low_rank_linears", "low_rank_linears_backward")
+
+
+@tiled
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_low_rank_is_the_same_by_any_number_of_threads(threads: int) -> None:
+    inputs = [numbers(100, 64).bfloat16(), numbers(16, 64, seed=1).bfloat16(), numbers(352, 16, seed=2).bfloat16()]
+    run, before, found = changed(*maps(1, 64, [352])), torch.get_num_threads(), []
+    try:
+        for count in (2, threads):
+            torch.set_num_threads(count)
+            given = [each.requires_grad_() for each in inputs]
+            found.append(torch.autograd.grad(run(*given).square().sum(), given))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+@tiled
+def test_low_rank_gives_each_its_gradient_alone() -> None:
+    """Also where nothing else needs one, or some outputs are not used."""
+    x = numbers(50, 64).bfloat16()
+    a = [numbers(rank, 64, seed=rank).bfloat16() for rank in RANKS]
+    b = [numbers(out, rank, seed=out).bfloat16() for out, rank in zip(OUTS, RANKS, strict=True)]
+    weights = [each.bfloat16() for each in maps(3, 64, OUTS)[0]]
+
+    def loss(which: Sequence[int], x: Tensor, *factors: Tensor) -> Tensor:
+        outputs = low_rank_linears(x, weights, 3 * [None], factors[:3], factors[3:], [2.0, 1.0, 0.5])
+        return sum((outputs[at].float().square().sum() for at in which), torch.zeros(()))
+
+    for which in ((0, 1, 2), (0, 2), (1,)):
+        given = [each.detach().requires_grad_() for each in (x, *a, *b)]
+        whole = torch.autograd.grad(loss(which, *given), given, allow_unused=True)
+        assert [each is not None for each in whole] == [True] + 2 * [at in which for at in range(3)]
+        for place, expected in enumerate(whole):
+            if expected is not None:
+                alone = [each.detach().requires_grad_(at == place) for at, each in enumerate(given)]
+                assert torch.equal(torch.autograd.grad(loss(which, *alone), alone[place])[0], expected)
+        with native.plain():
+            plain = torch.autograd.grad(loss(which, *given), given, allow_unused=True)
+        for mine, other in zip(whole, plain, strict=True):
+            assert mine is None or (mine - other).norm() <= 0.02 * other.norm()
+
+
+@tiled
+@pytest.mark.parametrize("which", [(0,), (0, 2), (1, 2), (0, 1, 2)])
+def test_low_rank_counts_its_operations(which: Sequence[int]) -> None:
+    given = [numbers(50, 64), numbers(16, 64, seed=1), numbers(96, 16, seed=2)]
+    x, a, b = (each.bfloat16().requires_grad_(at in which) for at, each in enumerate(given))
+    weight = numbers(96, 64, seed=3).bfloat16()
+    with FlopCounterMode(display=False) as counter:
+        low_rank_linears(x, [weight], [None], [a], [b], [2.0])[0].sum().backward()
+    thin_in, thin_out, whole = 64 * 16, 16 * 96, 64 * 96
+    backward = {0: whole + thin_in, 1: thin_in, 2: thin_out}
+    products = thin_in + whole + thin_out + thin_out + sum(backward[each] for each in which)
+    assert counter.get_total_flops() == 2 * 50 * products
+
+
+@tiled
+def test_low_rank_keeps_factors_as_they_are() -> None:
+    x, weight = numbers(64, 256).bfloat16(), numbers(32, 256).bfloat16()
+    a, b = numbers(4, 256).float().requires_grad_(), numbers(32, 4).float().requires_grad_()
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        low_rank_linears(x, [weight], [None], [a], [b], [1.0])
+    own = {each.data_ptr() for each in (x, a, b)}
+    assert own < set(found)
+    assert sum(size for at, size in found.items() if at not in own) == 64 * 32 * 2
+
+
+@tiled
+def test_low_rank_of_other_maps_is_left_to_torch() -> None:
+    def run(width: int, out: int, dtype: torch.dtype, x: Tensor | None = None, weight: Tensor | None = None) -> None:
+        x = numbers(8, width).to(dtype) if x is None else x
+        weight = numbers(out, width).to(dtype) if weight is None else weight
+        a, b = numbers(4, width).to(dtype).requires_grad_(), numbers(out, 4).to(dtype)
+        low_rank_linears(x, [weight], [None], [a], [b], [1.0])[0].sum().backward()
+
+    with Called() as called:
+        run(48, 64, torch.bfloat16)
+        run(64, 40, torch.bfloat16)
+        run(64, 64, torch.float32)
+        run(64, 64, torch.bfloat16, x=numbers(0, 64).bfloat16())
+        run(64, 64, torch.bfloat16, weight=numbers(64, 64).bfloat16().T)
+    assert not called.names
 
 
 @compiled

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import native_low_rank
 from veneer.kernels.again import to_keep
 
 
@@ -38,6 +39,8 @@ def low_rank_linears(
     scales: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` of each map; weights ``[out, in]`` and biases get no gradients."""
+    if native_low_rank.suits(x, weights, biases, a, b):
+        return native_low_rank.low_rank_linears(x, weights, biases, a, b, scales)
     result: tuple[Tensor, ...] = _LowRankLinears.apply(x, weights, biases, scales, *a, *b)
     return result
 

@@ -157,7 +157,7 @@ class Ledger(TorchDispatchMode):
         touched = {id(each): each for each in (*read, *made)}.values()
         if not touched:
             return
-        count = _COUNTS.get(packet)
+        count = _COUNTS.get(packet) or flop_registry.get(packet)
         flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
         numbers = max(each.numel() for each in touched)
         nbytes = sum(each.nbytes for each in touched)
@@ -177,8 +177,8 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
     return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
 
-_COUNTS: dict[Any, Any] = {
-    **flop_registry,  # which leaves the processor's attention out
+_COUNTS: dict[Any, Any] = {  # which torch's own registry leaves out
+    _aten.addmm_: flop_registry[_aten.addmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -113,3 +113,7 @@ static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -87.0
 #define WIDE(x) wide_bfloat16(x)
 #define NARROW(x) narrow_bfloat16(x)
 #include "forms.h"
+
+#include "products.h"
+
+#include "low_rank.h"

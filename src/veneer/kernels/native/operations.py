@@ -21,7 +21,7 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {0: F.silu, 1: functools.partial(F.gelu, approximate="tanh")}
 """Activations of gates, by their numbers in native.c."""
 _LIBRARY = torch.library.Library("veneer", "DEF")
-_KINDS: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "s": ctypes.c_void_p,
     "n": ctypes.c_int64,
@@ -59,7 +59,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
     loaded = library()
     assert loaded is not None
     function = loaded[f"{name}_{_NAMES[dtype]}"]
-    function.argtypes = [_KINDS[each] for each in _ARGUMENTS[name]]
+    function.argtypes = [KINDS[each] for each in _ARGUMENTS[name]]
     function.restype = None
     return function
 
@@ -74,11 +74,12 @@ def _strides(x: Tensor) -> Any:
     return (ctypes.c_int64 * (x.dim() - 1))(*x.stride()[:-1])
 
 
-def _at(x: Tensor | None) -> int | None:
+def address(x: Tensor | None) -> int | None:
+    """Of its numbers; None of None."""
     return None if x is None else x.data_ptr()
 
 
-def _operation(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operation(schema: str, shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as an operation; ``shapes`` makes what it gives, without numbers."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,48 +109,48 @@ def _with_rho(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-@_operation("rms_norm(Tensor x, Tensor weight, float eps, bool rounded) -> (Tensor, Tensor)", _with_rho)
+@operation("rms_norm(Tensor x, Tensor weight, float eps, bool rounded) -> (Tensor, Tensor)", _with_rho)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rounded: bool) -> tuple[Tensor, Tensor]:
     """y like x ``[…, d]`` and ρ ``[…, 1]``; weight is float32."""
     y, rho = _with_rho(x)
     width = x.shape[-1]
     sizes = x.numel() // width, width
-    _run("rms_norm", x, _at(x), _at(weight), _at(y), _at(rho), *sizes, eps, rounded, False)
+    _run("rms_norm", x, address(x), address(weight), address(y), address(rho), *sizes, eps, rounded, False)
     return y, rho
 
 
-@_operation("rms_normed(Tensor x, Tensor weight, Tensor rho, bool rounded) -> Tensor", _like)
+@operation("rms_normed(Tensor x, Tensor weight, Tensor rho, bool rounded) -> Tensor", _like)
 def rms_normed(x: Tensor, weight: Tensor, rho: Tensor, rounded: bool) -> Tensor:
     """y once more."""
     y, width = torch.empty_like(x), x.shape[-1]
     sizes = x.numel() // width, width
-    _run("rms_norm", x, _at(x), _at(weight), _at(y), _at(rho), *sizes, 0.0, rounded, True)
+    _run("rms_norm", x, address(x), address(weight), address(y), address(rho), *sizes, 0.0, rounded, True)
     return y
 
 
-@_operation("rms_norm_backward(Tensor x, Tensor weight, Tensor rho, Tensor dy) -> Tensor", _like)
+@operation("rms_norm_backward(Tensor x, Tensor weight, Tensor rho, Tensor dy) -> Tensor", _like)
 def rms_norm_backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
     """dx."""
     dx, width = torch.empty_like(x), x.shape[-1]
     sizes = x.numel() // width, width
-    _run("rms_norm_backward", x, _at(x), _at(weight), _at(rho), _at(dy), _at(dx), *sizes)
+    _run("rms_norm_backward", x, address(x), address(weight), address(rho), address(dy), address(dx), *sizes)
     return dx
 
 
-@_operation("gated(Tensor gate, Tensor up, int act) -> Tensor", _like)
+@operation("gated(Tensor gate, Tensor up, int act) -> Tensor", _like)
 def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
     """y; act is one of `ACTS`."""
     y, width = torch.empty_like(gate), gate.shape[-1]
-    _run("gated", gate, _at(gate), _at(up), _at(y), gate.numel() // width, width, act)
+    _run("gated", gate, address(gate), address(up), address(y), gate.numel() // width, width, act)
     return y
 
 
-@_operation("gated_backward(Tensor gate, Tensor up, Tensor dy, int act) -> (Tensor, Tensor)", _two_like)
+@operation("gated_backward(Tensor gate, Tensor up, Tensor dy, int act) -> (Tensor, Tensor)", _two_like)
 def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, act: int) -> tuple[Tensor, Tensor]:
     """dgate and dup."""
     dgate, dup = _two_like(gate)
     sizes = gate.numel() // gate.shape[-1], gate.shape[-1]
-    _run("gated_backward", gate, _at(gate), _at(up), _at(dy), _at(dgate), _at(dup), *sizes, act)
+    _run("gated_backward", gate, address(gate), address(up), address(dy), address(dgate), address(dup), *sizes, act)
     return dgate, dup
 
 
@@ -158,13 +159,14 @@ def _turned(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(rows, places, heads, width).transpose(1, 2)  # as linear maps give and take it
 
 
-@_operation("rotary(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor", _turned)
+@operation("rotary(Tensor x, Tensor cos, Tensor sin, bool backward) -> Tensor", _turned)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     """y, or dx, the heads of a place beside each other in memory. x is ``[rows, heads, places, d]``, dense in its last
     axis; cosines and sines are ``[rows or 1, 1, places, d]``."""
     y = _turned(x)
     of_row = cos.stride(0) if len(cos) > 1 else 0
-    _run("rotary", x, _at(x), _strides(x), _at(cos), _at(sin), of_row, _at(y), _strides(y), *x.shape, backward)
+    tables = address(cos), address(sin), of_row
+    _run("rotary", x, address(x), _strides(x), *tables, address(y), _strides(y), *x.shape, backward)
     return y
 
 
@@ -172,7 +174,7 @@ def _by_row(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.int64)
 
 
-@_operation("cross_entropy(Tensor(a!) logits, Tensor targets, bool gradient) -> (Tensor, Tensor)", _by_row)
+@operation("cross_entropy(Tensor(a!) logits, Tensor targets, bool gradient) -> (Tensor, Tensor)", _by_row)
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss and hit of each row of logits ``[n, v]``, which become their gradient; targets are ``[n]``.
 
@@ -184,33 +186,33 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
         raise IndexError(f"Targets reach from {targets.min()} to {targets.max()}; there are {logits.shape[1]} classes.")
     losses, hits = _by_row(logits)
     work = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
-    tensors = (_at(each) for each in (logits, targets, losses, hits, work))
+    tensors = (address(each) for each in (logits, targets, losses, hits, work))
     _run("cross_entropy", logits, *tensors, *logits.shape, gradient)
     return losses, hits
 
 
-@_operation(
+@operation(
     "pack(Tensor x, Tensor(a!) y, float scale, bool columns, Tensor? taken=None, float share=1.0) -> ()", _nothing
 )
 def pack(x: Tensor, y: Tensor, scale: float, columns: bool, taken: Tensor | None = None, share: float = 1.0) -> None:
     """``scale · x`` into y; both ``[rows, heads, places, d]`` and dense in their last axis. With columns y is two
     longer: their sum is ``share · taken``, which is ``[rows, heads, places]``, or without it each is ``share``."""
     of = _strides(x), _strides(y)
-    _run("pack", x, _at(x), of[0], _at(y), of[1], *x.shape, scale, columns, _at(taken), share)
+    _run("pack", x, address(x), of[0], address(y), of[1], *x.shape, scale, columns, address(taken), share)
 
 
-@_operation("columns(Tensor(a!) y, Tensor taken, float share) -> ()", _nothing)
+@operation("columns(Tensor(a!) y, Tensor taken, float share) -> ()", _nothing)
 def columns(y: Tensor, taken: Tensor, share: float) -> None:
     """The last two columns of y ``[…, d + 2]`` anew."""
     width = y.shape[-1]
-    _run("columns", y, _at(y), y.numel() // width, width, _at(taken), share)
+    _run("columns", y, address(y), y.numel() // width, width, address(taken), share)
 
 
-@_operation("dots(Tensor x, Tensor y) -> Tensor", lambda x, y: x.new_empty(x.shape[:-1], dtype=torch.float32))
+@operation("dots(Tensor x, Tensor y) -> Tensor", lambda x, y: x.new_empty(x.shape[:-1], dtype=torch.float32))
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """Sums of x · y over the last axis, in which alone both have to be dense; ``[rows, heads, places]``."""
     found = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _run("dots", x, _at(x), _strides(x), _at(y), _strides(y), _at(found), *x.shape)
+    _run("dots", x, address(x), _strides(x), address(y), _strides(y), address(found), *x.shape)
     return found
 
 
@@ -225,7 +227,7 @@ def _of_mask(mask: Tensor | None) -> Any:
     )
 
 
-@_operation(
+@operation(
     f"greatest(Tensor scores, {_SCORES}) -> Tensor",
     lambda scores, *args: scores.new_empty(scores.shape[:-1], dtype=torch.float32),
 )
@@ -235,11 +237,11 @@ def greatest(scores: Tensor, mask: Tensor | None, first: int, scale: float) -> T
     negative."""
     found = scores.new_empty(scores.shape[:-1], dtype=torch.float32)
     of_mask = _of_mask(mask)
-    _run("greatest", scores, _at(scores), _at(mask), of_mask, _at(found), *scores.shape, first, scale)
+    _run("greatest", scores, address(scores), address(mask), of_mask, address(found), *scores.shape, first, scale)
     return found
 
 
-@_operation(
+@operation(
     f"powers(Tensor(a!) scores, {_SCORES}) -> Tensor",
     lambda scores, *args: scores.new_empty(scores.shape[:-1], dtype=torch.float32),
 )
@@ -247,18 +249,18 @@ def powers(scores: Tensor, mask: Tensor | None, first: int, scale: float) -> Ten
     """Their exponentials in their place, and the sums of these, by query."""
     sums = scores.new_empty(scores.shape[:-1], dtype=torch.float32)
     of_mask = _of_mask(mask)
-    _run("powers", scores, _at(scores), _at(mask), of_mask, _at(sums), *scores.shape, first, scale)
+    _run("powers", scores, address(scores), address(mask), of_mask, address(sums), *scores.shape, first, scale)
     return sums
 
 
-@_operation("change(Tensor(a!) change, Tensor powers) -> ()", _nothing)
+@operation("change(Tensor(a!) change, Tensor powers) -> ()", _nothing)
 def change(change: Tensor, powers: Tensor) -> None:
     """``change · powers`` in the place of change ``[…, keys]``."""
     width = change.shape[-1]
-    _run("change", change, _at(change), _at(powers), change.numel() // width, width)
+    _run("change", change, address(change), address(powers), change.numel() // width, width)
 
 
-@_operation("divided(Tensor x, Tensor sums, Tensor(a!) logs, Tensor(b!) y) -> ()", _nothing)
+@operation("divided(Tensor x, Tensor sums, Tensor(a!) logs, Tensor(b!) y) -> ()", _nothing)
 def divided(x: Tensor, sums: Tensor, logs: Tensor, y: Tensor) -> None:
     """``x / sums`` into y, dense in its last axis; logs grow by the sums'."""
-    _run("divided", x, _at(x), _at(sums), _at(logs), _at(y), _strides(y), *x.shape)
+    _run("divided", x, address(x), address(sums), address(logs), address(y), _strides(y), *x.shape)

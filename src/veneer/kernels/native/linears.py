@@ -1,0 +1,180 @@
+"""Linear maps with low-rank changes by tiles, as operations of torch's library ``veneer``.
+
+Tensors are dense; x and gradients have as many rows as they like. A map's columns of h, and of what belongs to it, are
+as many as its rank, up to a multiple of 32, noughts at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from veneer.kernels.native.build import library, there
+from veneer.kernels.native.operations import KINDS, address, operation
+
+_FACTORS = (torch.bfloat16, torch.float32)
+_SIDE = 32
+_MAPS = 8
+_DEPTH = 8192
+"""Sums of widths beyond which other products are as fast."""
+
+
+def suits(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> bool:
+    """Whether there is a compiled form for such maps: of bfloat16 on a processor with tiles, widths in steps of 32."""
+    given = [each for each in biases if each is not None]
+    tensors = [x, *weights, *given]
+    factors = [*a, *b]
+    narrow = all(each.dtype == torch.bfloat16 for each in tensors) and x.numel() > 0 and len(weights) <= _MAPS
+    kept = all(len({each.dtype for each in some}) == 1 and some[0].dtype in _FACTORS for some in (a, b))
+    here = all(each.device.type == "cpu" for each in (*tensors, *factors))
+    dense = all(each.is_contiguous() for each in (*weights, *given, *factors))
+    widths = [x.shape[-1], *(len(each) for each in weights)]
+    even = all(width % _SIDE == 0 for width in widths) and sum(widths) <= _DEPTH and all(len(each) > 0 for each in a)
+    return narrow and kept and here and dense and even and there() and tiles()
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether processor and system offer them."""
+    loaded = library()
+    return loaded is not None and bool(loaded["products_there_bfloat16"]())
+
+
+@functools.cache
+def _function(name: str, kinds: str) -> Callable[..., int]:
+    loaded = library()
+    assert loaded is not None
+    function = loaded[f"{name}_bfloat16"]
+    function.argtypes = [KINDS[each] for each in kinds]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def _all(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*map(address, tensors))
+
+
+def _maps(weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> Any:
+    """How they are told: dtypes of the factors, widths, ranks, scales."""
+    many = len(weights)
+    wide = (ctypes.c_int * 2)(*(some[0].dtype == torch.float32 for some in (a, b)))
+    outs = (ctypes.c_int64 * many)(*(len(each) for each in weights))
+    ranks = (ctypes.c_int64 * many)(*(len(each) for each in a))
+    return wide, outs, ranks, (ctypes.c_float * many)(*scales)
+
+
+def _padded(width: int) -> int:
+    return -(-width // _SIDE) * _SIDE
+
+
+def places(a: Sequence[Tensor]) -> list[int]:
+    """Columns of h that belong to each map."""
+    return [_padded(len(each)) for each in a]
+
+
+def _work(like: Tensor, depth: int) -> Tensor:
+    """Room for what each thread lays out: of products so deep."""
+    return like.new_empty(torch.get_num_threads(), _function("products_work", "n")(depth))
+
+
+def _forward_shapes(x: Tensor, weights: Sequence[Tensor], biases: Any, a: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    leading = x.shape[:-1]
+    outputs = [x.new_empty(*leading, len(each)) for each in weights]
+    return [x.new_empty(leading.numel(), sum(places(a))), *outputs]
+
+
+@operation(
+    "low_rank_linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, float[] scales)"
+    " -> Tensor[]",
+    _forward_shapes,
+)
+def low_rank_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """h ``[n, places]`` and each y ``[…, out]`` of x ``[…, in]``, which is dense."""
+    made = _forward_shapes(x, weights, biases, a)
+    h, *ys = made
+    width = x.shape[-1]
+    wide, outs, ranks, factors = _maps(weights, a, b, scales)
+    work = _work(x, width + max(places(a)))
+    _function("low_rank_linears", "pnnipppppppppnppni")(
+        address(x), len(h), width, len(weights), _all(weights), _all(biases), _all(a), _all(b), wide, outs,
+        ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1], len(work),
+    )  # fmt: skip
+    return made
+
+
+def _backward_shapes(
+    x: Tensor | None, weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Any, h: Tensor,
+    dys: Any, for_x: bool, for_b: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    width = weights[0].shape[1]
+    made = [h.new_empty(len(h), width)] if for_x else []
+    if x is not None:
+        made.append(a[0].new_empty(sum(places(a)), width))
+    return made + [torch.empty_like(each) for each, wanted in zip(b, for_b, strict=True) if wanted]
+
+
+@operation(
+    "low_rank_linears_backward(Tensor? x, Tensor[] weights, Tensor[] a, Tensor[] b, float[] scales, Tensor h,"
+    " Tensor[] dys, bool for_x, bool[] for_b) -> Tensor[]",
+    _backward_shapes,
+)
+def low_rank_linears_backward(
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    h: Tensor,
+    dys: Sequence[Tensor],
+    for_x: bool,
+    for_b: Sequence[bool],
+) -> list[Tensor]:
+    """dx ``[n, in]`` if it is asked for, dA of all maps ``[places, in]`` if there is x, and each dB asked for; of dy
+    ``[n, out]``, one for each map."""
+    made = _backward_shapes(x, weights, a, b, scales, h, dys, for_x, for_b)
+    rest = list(made)
+    dx = rest.pop(0) if for_x else None
+    da = rest.pop(0) if x is not None else None
+    dbs = [rest.pop(0) if wanted else None for wanted in for_b]
+    rows, width = len(h), weights[0].shape[1]
+    wide, outs, ranks, factors = _maps(weights, a, b, scales)
+    dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], _padded(rows))
+    work = _work(h, max(sum(outs) + h.shape[1], _padded(rows)))
+    _function("low_rank_linears_backward", "pnnippppppppnpppppppni")(
+        address(x), rows, width, len(weights), _all(weights), _all(a), _all(b), wide, outs, ranks, factors, address(h),
+        h.shape[1], _all(dys), address(dh), address(turned), address(dx), address(da), _all(dbs), address(work),
+        work.shape[1], len(work),
+    )  # fmt: skip
+    return made
+
+
+@register_flop_formula(torch.ops.veneer.low_rank_linears)
+def _forward_flops(x: Any, weights: Any, biases: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    each = (out * width + rank * (out + width) for (out, width), (rank, _) in zip(weights, a, strict=True))
+    return int(2 * torch.Size(x[:-1]).numel() * sum(each))
+
+
+@register_flop_formula(torch.ops.veneer.low_rank_linears_backward)
+def _backward_flops(
+    x: Any, weights: Any, a: Any, b: Any, scales: Any, h: Any, dys: Any, for_x: bool, for_b: Sequence[bool],
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    count = 0
+    for (out, width), (rank, _), own in zip(weights, a, for_b, strict=True):
+        count += rank * out * (1 + own) + for_x * width * (out + rank) + (x is not None) * rank * width
+    return int(2 * h[0] * count)
