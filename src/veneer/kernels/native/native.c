@@ -83,8 +83,9 @@ static inline float inverse_of(float y) {
     return z + z * (1.0f - y * z);
 }
 
-/* exp(-x) within bounds that make no difference to 1 / (1 + exp(-x)). */
-static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -87.0f ? -x : -87.0f) : 60.0f); }
+/* exp(-x) within bounds that make no difference to 1 / (1 + exp(-x)), and beyond which products with it would be too
+   small to be normal numbers, for which processors take a hundred times as long. */
+static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -60.0f ? -x : -60.0f) : 60.0f); }
 
 #define SUMMED _Pragma("omp simd reduction(+ : sum)")
 #define EACH_HEAD(many)                                                                  \
