@@ -21,13 +21,14 @@ from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import low_rank_linears
-from veneer.kernels.native import build, linears, operations
+from veneer.kernels.native import attention as operations_attention
+from veneer.kernels.native import build, operations, tiles
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 
 COMPILER = os.environ.get("VENEER_NATIVE") != "0" and sys.platform == "linux" and shutil.which("gcc") is not None
 compiled = pytest.mark.skipif(not COMPILER, reason="there is no gcc, or VENEER_NATIVE=0")
-tiled = pytest.mark.skipif(not COMPILER or not linears.tiles(), reason="there are no tiles (AMX)")
+tiled = pytest.mark.skipif(not COMPILER or not tiles.there(), reason="there are no tiles (AMX)")
 DTYPES = [torch.float32, torch.bfloat16]
 BOUND = 1.1
 """How much further from the exact result than the plain form."""
@@ -320,6 +321,80 @@ def test_attention(mask: str, causal: bool, groups: int, scale: float, monkeypat
 
     inputs = [numbers(3, 70, heads, 16, seed=heads + at) for at, heads in enumerate((6, groups, groups))]
     as_near(attended, inputs, torch.bfloat16, "powers", "change", "divided")
+
+
+TILED = "attention", "attention_backward"
+
+
+@tiled
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (31, 31), (70, 70), (300, 300), (40, 161), (161, 40)])
+def test_attention_by_tiles(queries: int, keys: int, groups: int) -> None:
+    """Fewer places than a tile has, more than are taken at once, and keys of their own number."""
+    inputs = [numbers(2, queries, 6, 32), numbers(2, keys, groups, 32, seed=1), numbers(2, keys, groups, 32, seed=2)]
+    for causal in {False, queries == keys}:
+
+        def attended(*heads: Tensor, causal: bool = causal) -> Tensor:
+            return attention(*(each.transpose(1, 2) for each in heads), None, causal, 0.3)
+
+        as_near(attended, inputs, torch.bfloat16, *TILED)
+
+
+@tiled
+@pytest.mark.parametrize("width", [64, 96, 256])
+def test_attention_by_tiles_of_wider_heads(width: int) -> None:
+    inputs = [numbers(2, 3, 50, width, seed=seed) for seed in range(3)]
+    as_near(lambda *heads: attention(*heads, None, True, width**-0.5), inputs, torch.bfloat16, *TILED)
+
+
+@tiled
+def test_attention_by_tiles_of_scores_far_apart() -> None:
+    """Sums of exponentials that are far from one, and none too large to be a number."""
+    inputs = [30 * numbers(2, 3, 50, 32), 30 * numbers(2, 3, 50, 32, seed=1), numbers(2, 3, 50, 32, seed=2)]
+    as_near(lambda *heads: attention(*heads, None, True, 0.2), inputs, torch.bfloat16, *TILED)
+
+
+@tiled
+def test_attention_by_tiles_shows_what_is_no_number() -> None:
+    heads = [numbers(2, 3, 50, 32, seed=seed).bfloat16() for seed in range(3)]
+    heads[0][0, 1, 7, 3] = float("nan")
+    output, _ = operations_attention.attention(*heads, True, 0.2)
+    assert output.isnan().any(-1).nonzero().tolist() == [[0, 1, 7]]
+
+
+@tiled
+def test_attention_by_tiles_is_the_same_by_any_number_of_threads() -> None:
+    heads = [numbers(3, 4, 150, 32, seed=seed).bfloat16().requires_grad_() for seed in range(3)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            with Called() as called:
+                output = attention(*heads, None, True, 0.2)
+                found.append((output, *torch.autograd.grad(output.square().sum(), heads)))
+            assert called.names == set(TILED)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+@tiled
+def test_attention_by_tiles_counts_its_operations() -> None:
+    query, key, value = (numbers(2, heads, 50, 32).bfloat16().requires_grad_() for heads in (6, 2, 2))
+    with FlopCounterMode(display=False) as counter:
+        attention(query, key, value, None, True, 0.2).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 6 * 50 * 50 * 32
+
+
+@tiled
+def test_attention_by_tiles_of_other_heads_is_left_to_others() -> None:
+    with Called() as called:
+        for shape in ((2, 3, 50, 24), (2, 3, 50, 288), (1, 1, 50, 32)):
+            heads = [numbers(*shape, seed=seed).bfloat16().requires_grad_() for seed in range(3)]
+            attention(*heads, None, True, 0.2).sum().backward()
+        heads = [numbers(2, 3, 50, 32, seed=seed).bfloat16().requires_grad_() for seed in range(3)]
+        attention(*heads, torch.zeros(1, 1, 50, 50), False, 0.2).sum().backward()
+    assert not called.names & set(TILED)
 
 
 @compiled

@@ -1,8 +1,9 @@
 """`veneer.kernels.attention` with everything between its products compiled.
 
-The products are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials
-with their sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken
-off is part of the second product.
+Without a mask, and on a processor with tiles, all of it (`native/attention.h`). Elsewhere the products are torch's;
+what is between them, each in one pass over the scores: the greatest of a row, exponentials with their sums, dS. Scores
+in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is part of the second
+product.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import native
+from veneer.kernels.native import attention as by_tiles
 from veneer.kernels.native import operations as c
 from veneer.kernels.rounds import in_steps
 
@@ -59,6 +61,9 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output, heads beside each other in memory, and the logarithms of the sums ``[rows, heads, queries]``."""
+    if mask is None and by_tiles.suits(query, key, value):
+        found: tuple[Tensor, Tensor] = by_tiles.attention(query, key, value, causal, scale)
+        return found
     rows, heads, queries, width = query.shape
     output = query.new_empty(rows, queries, heads, width).transpose(1, 2)
     logs = query.new_empty(rows, heads, queries, dtype=torch.float32)
@@ -80,9 +85,13 @@ def backward(
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of query, key and value; dense."""
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    if mask is None and by_tiles.suits(query, key, value):
+        given = query, key, value, output, gradient, logs, causal, scale
+        found: tuple[Tensor, Tensor, Tensor] = by_tiles.attention_backward(*given)
+        return found
     dq, dk, dv = (each.new_empty(each.shape) for each in (query, key, value))
     before, after = _split(scale)
-    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     for own, seen, masks, first in _parts(query, key, mask, causal):
         q, k, v, g = query[own], key[seen], value[seen], gradient[own]
         taken, dots = logs[own].contiguous(), c.dots(g, output[own])

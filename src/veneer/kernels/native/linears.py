@@ -7,19 +7,17 @@ as many as its rank, up to a multiple of 32, noughts at the end.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from veneer.kernels.native.build import library, there
-from veneer.kernels.native.operations import KINDS, address, operation
+from veneer.kernels.native import tiles
+from veneer.kernels.native.operations import address, operation
 
 _FACTORS = (torch.bfloat16, torch.float32)
-_SIDE = 32
 _MAPS = 8
 _DEPTH = 8192
 """Sums of widths beyond which other products are as fast."""
@@ -37,25 +35,8 @@ def suits(
     here = all(each.device.type == "cpu" for each in (*tensors, *factors))
     dense = all(each.is_contiguous() for each in (*weights, *given, *factors))
     widths = [x.shape[-1], *(len(each) for each in weights)]
-    even = all(width % _SIDE == 0 for width in widths) and sum(widths) <= _DEPTH and all(len(each) > 0 for each in a)
-    return narrow and kept and here and dense and even and there() and tiles()
-
-
-@functools.cache
-def tiles() -> bool:
-    """Whether processor and system offer them."""
-    loaded = library()
-    return loaded is not None and bool(loaded["products_there_bfloat16"]())
-
-
-@functools.cache
-def _function(name: str, kinds: str) -> Callable[..., int]:
-    loaded = library()
-    assert loaded is not None
-    function = loaded[f"{name}_bfloat16"]
-    function.argtypes = [KINDS[each] for each in kinds]
-    function.restype = ctypes.c_int64
-    return function
+    even = all(width % tiles.SIDE == 0 for width in widths) and sum(widths) <= _DEPTH
+    return narrow and kept and here and dense and even and all(len(each) > 0 for each in a) and tiles.there()
 
 
 def _all(tensors: Sequence[Tensor | None]) -> Any:
@@ -71,18 +52,9 @@ def _maps(weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], s
     return wide, outs, ranks, (ctypes.c_float * many)(*scales)
 
 
-def _padded(width: int) -> int:
-    return -(-width // _SIDE) * _SIDE
-
-
 def places(a: Sequence[Tensor]) -> list[int]:
     """Columns of h that belong to each map."""
-    return [_padded(len(each)) for each in a]
-
-
-def _work(like: Tensor, depth: int) -> Tensor:
-    """Room for what each thread lays out: of products so deep."""
-    return like.new_empty(torch.get_num_threads(), _function("products_work", "n")(depth))
+    return [tiles.padded(len(each)) for each in a]
 
 
 def _forward_shapes(x: Tensor, weights: Sequence[Tensor], biases: Any, a: Sequence[Tensor], *args: Any) -> list[Tensor]:
@@ -109,8 +81,8 @@ def low_rank_linears(
     h, *ys = made
     width = x.shape[-1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
-    work = _work(x, width + max(places(a)))
-    _function("low_rank_linears", "pnnipppppppppnppni")(
+    work = tiles.work(x, "products_work", width + max(places(a)))
+    tiles.function("low_rank_linears", "pnnipppppppppnppni")(
         address(x), len(h), width, len(weights), _all(weights), _all(biases), _all(a), _all(b), wide, outs,
         ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1], len(work),
     )  # fmt: skip
@@ -153,9 +125,9 @@ def low_rank_linears_backward(
     dbs = [rest.pop(0) if wanted else None for wanted in for_b]
     rows, width = len(h), weights[0].shape[1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
-    dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], _padded(rows))
-    work = _work(h, max(sum(outs) + h.shape[1], _padded(rows)))
-    _function("low_rank_linears_backward", "pnnippppppppnpppppppni")(
+    dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], tiles.padded(rows))
+    work = tiles.work(h, "products_work", max(sum(outs) + h.shape[1], tiles.padded(rows)))
+    tiles.function("low_rank_linears_backward", "pnnippppppppnpppppppni")(
         address(x), rows, width, len(weights), _all(weights), _all(a), _all(b), wide, outs, ranks, factors, address(h),
         h.shape[1], _all(dys), address(dh), address(turned), address(dx), address(da), _all(dbs), address(work),
         work.shape[1], len(work),

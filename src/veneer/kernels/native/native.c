@@ -118,3 +118,5 @@ static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -60.0
 #include "products.h"
 
 #include "low_rank.h"
+
+#include "attention.h"

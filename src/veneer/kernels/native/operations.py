@@ -69,8 +69,8 @@ def _run(name: str, like: Tensor, *arguments: Any) -> None:
     _function(name, like.dtype)(*arguments, torch.get_num_threads())
 
 
-def _strides(x: Tensor) -> Any:
-    """All but the last axis's."""
+def strides(x: Tensor) -> Any:
+    """All but the last axis's, for C."""
     return (ctypes.c_int64 * (x.dim() - 1))(*x.stride()[:-1])
 
 
@@ -166,7 +166,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     y = _turned(x)
     of_row = cos.stride(0) if len(cos) > 1 else 0
     tables = address(cos), address(sin), of_row
-    _run("rotary", x, address(x), _strides(x), *tables, address(y), _strides(y), *x.shape, backward)
+    _run("rotary", x, address(x), strides(x), *tables, address(y), strides(y), *x.shape, backward)
     return y
 
 
@@ -197,7 +197,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
 def pack(x: Tensor, y: Tensor, scale: float, columns: bool, taken: Tensor | None = None, share: float = 1.0) -> None:
     """``scale · x`` into y; both ``[rows, heads, places, d]`` and dense in their last axis. With columns y is two
     longer: their sum is ``share · taken``, which is ``[rows, heads, places]``, or without it each is ``share``."""
-    of = _strides(x), _strides(y)
+    of = strides(x), strides(y)
     _run("pack", x, address(x), of[0], address(y), of[1], *x.shape, scale, columns, address(taken), share)
 
 
@@ -212,7 +212,7 @@ def columns(y: Tensor, taken: Tensor, share: float) -> None:
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """Sums of x · y over the last axis, in which alone both have to be dense; ``[rows, heads, places]``."""
     found = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    _run("dots", x, address(x), _strides(x), address(y), _strides(y), address(found), *x.shape)
+    _run("dots", x, address(x), strides(x), address(y), strides(y), address(found), *x.shape)
     return found
 
 
@@ -263,4 +263,4 @@ def change(change: Tensor, powers: Tensor) -> None:
 @operation("divided(Tensor x, Tensor sums, Tensor(a!) logs, Tensor(b!) y) -> ()", _nothing)
 def divided(x: Tensor, sums: Tensor, logs: Tensor, y: Tensor) -> None:
     """``x / sums`` into y, dense in its last axis; logs grow by the sums'."""
-    _run("divided", x, address(x), address(sums), address(logs), address(y), _strides(y), *x.shape)
+    _run("divided", x, address(x), address(sums), address(logs), address(y), strides(y), *x.shape)

@@ -1,0 +1,46 @@
+"""What is shared by forms that multiply by tiles (Intel AMX; `products.h`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.native import build
+from veneer.kernels.native.operations import KINDS
+
+SIDE = 32
+"""Rows and columns that are multiplied at a time; depths are multiples of it."""
+
+
+def there() -> bool:
+    """Whether there are such forms here: if processor and system offer tiles."""
+    return build.there() and _offered()
+
+
+@functools.cache
+def _offered() -> bool:
+    return bool(function("products_there", "")())
+
+
+@functools.cache
+def function(name: str, kinds: str) -> Callable[..., int]:
+    """A function in C, which takes arguments of these `KINDS`."""
+    loaded = build.library()
+    assert loaded is not None
+    found = loaded[f"{name}_bfloat16"]
+    found.argtypes = [KINDS[each] for each in kinds]
+    found.restype = KINDS["n"]
+    return found
+
+
+def padded(width: int) -> int:
+    """The next multiple of `SIDE`."""
+    return -(-width // SIDE) * SIDE
+
+
+def work(like: Tensor, name: str, *sizes: int) -> Tensor:
+    """Room for what each thread lays out, as much as the function of this name says."""
+    return like.new_empty(torch.get_num_threads(), function(name, "n" * len(sizes))(*sizes))
