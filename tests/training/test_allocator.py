@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 
-from veneer.training.allocator import sparing_environment
+from veneer.training.allocator import kept_memory, sparing_environment
 
 SPARING = "glibc.malloc.tcache_count=0"
 PROGRAM = """
@@ -110,3 +112,28 @@ def test_few_shapes_products_are_kept_unless_the_user_says_how_many(monkeypatch:
     assert environment is not None
     assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     assert environment["LRU_CACHE_CAPACITY"] == "7"
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_what_is_there_is_left_out_by_the_collector(already: bool) -> None:
+    there = [[] for _ in range(3)]  # type: ignore[var-annotated]
+    try:
+        if already:
+            gc.freeze()
+        with kept_memory():
+            assert not {id(each) for each in there} & {id(each) for each in gc.get_objects()}
+            cycle = Cycle()
+            cycle.own = cycle
+            gone = weakref.ref(cycle)
+            del cycle
+            gc.collect()
+            assert gone() is None
+        assert bool(gc.get_freeze_count()) == already
+    finally:
+        gc.unfreeze()
+
+
+class Cycle:
+    """Refers to itself."""
+
+    own: Cycle

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -72,19 +73,35 @@ def sparing_environment() -> dict[str, str] | None:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside the block, freed memory stays with the process, and small blocks are in stock where it began sparing;
-    nothing, where the C library is not glibc."""
+    """Inside the block, freed memory stays with the process, and small blocks are in stock where it began sparing,
+    both where the C library is glibc; and what is there already is left out by Python's collector of cycles."""
     libc = _glibc()
-    if libc is None:
+    with _left_out():
+        if libc is None:
+            yield
+            return
+        try:
+            _set(libc, _KEEP)
+            with _stock(libc) if _sparing() else contextlib.nullcontext():
+                yield
+        finally:
+            _set(libc, _USUAL)
+            libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _left_out() -> Iterator[None]:
+    """Inside the block the collector doesn't go through what was there before: a model and all modules imported, some
+    times a step. Nothing, where somebody has seen to it already."""
+    if gc.get_freeze_count():
         yield
         return
+    gc.collect()
+    gc.freeze()
     try:
-        _set(libc, _KEEP)
-        with _stock(libc) if _sparing() else contextlib.nullcontext():
-            yield
+        yield
     finally:
-        _set(libc, _USUAL)
-        libc.malloc_trim(0)
+        gc.unfreeze()
 
 
 @cache
