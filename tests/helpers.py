@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def tiny_llama(**changes: object) -> transformers.PreTrainedModel:
@@ -80,3 +81,16 @@ def command(*arguments: object) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     raise AssertionError("the command line always exits")
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations in C that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "veneer":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))

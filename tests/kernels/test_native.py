@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import Called
 from veneer.kernels import native, native_attention
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
@@ -34,17 +34,13 @@ BOUND = 1.1
 """How much further from the exact result than the plain form."""
 
 
-class Called(TorchDispatchMode):
-    """Names of the operations in C that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "veneer":
-            self.names.add(func._opname)
-        return func(*args, **(kwargs or {}))
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Which forms suit depends on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -217,6 +213,27 @@ def test_low_rank_keeps_factors_as_they_are() -> None:
 
 
 @tiled
+def test_low_rank_gives_gradients_that_keep_nothing_else() -> None:
+    x, weights = numbers(9, 64).bfloat16(), [each.bfloat16() for each in maps(2, 64, OUTS)[0]]
+    a = [numbers(rank, 64).float().requires_grad_() for rank in RANKS[:2]]
+    b = [numbers(out, rank).float().requires_grad_() for out, rank in zip(OUTS, RANKS[:2], strict=False)]
+    for each in low_rank_linears(x, weights, [None, None], a, b, [1.0, 1.0]):
+        each.sum().backward(retain_graph=True)
+    assert all(each.grad.untyped_storage().nbytes() == each.nbytes for each in (*a, *b))
+
+
+@tiled
+@pytest.mark.parametrize("wrong", ["x", "weight", "a", "b", "bias"])
+def test_low_rank_of_shapes_that_do_not_fit_is_an_error(wrong: str) -> None:
+    shapes = {"x": (8, 64), "weight": (96, 64), "a": (4, 64), "b": (96, 4), "bias": (96,)}
+    given = {name: numbers(*shape).bfloat16() for name, shape in shapes.items()}
+    given[wrong] = given[wrong][..., :32] if wrong != "b" else given[wrong][:, :2]
+    with Called() as called, pytest.raises(RuntimeError, match=r"shape|size|expand"):
+        low_rank_linears(given["x"], [given["weight"]], [given["bias"]], [given["a"]], [given["b"]], [1.0])
+    assert not called.names
+
+
+@tiled
 def test_low_rank_of_other_maps_is_left_to_torch() -> None:
     def run(width: int, out: int, dtype: torch.dtype, x: Tensor | None = None, weight: Tensor | None = None) -> None:
         x = numbers(8, width).to(dtype) if x is None else x
@@ -355,6 +372,20 @@ def test_attention_by_tiles_of_scores_far_apart() -> None:
 
 
 @tiled
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_tiles_of_scores_far_below_nought(causal: bool) -> None:
+    """What stands for places that are not there, whose scores are nought, is no number to multiply by nought."""
+    inputs = [3 + numbers(2, 3, 50, 32), -3 + numbers(2, 3, 50, 32, seed=1), numbers(2, 3, 50, 32, seed=2)]
+    as_near(lambda *heads: attention(*heads, None, causal, 0.5), inputs, torch.bfloat16, *TILED)
+
+
+@tiled
+def test_attention_by_tiles_with_a_scale_below_nought() -> None:
+    inputs = [3 * numbers(2, 3, 50, 32, seed=seed) for seed in range(3)]
+    as_near(lambda *heads: attention(*heads, None, True, -0.5), inputs, torch.bfloat16, *TILED)
+
+
+@tiled
 def test_attention_by_tiles_shows_what_is_no_number() -> None:
     heads = [numbers(2, 3, 50, 32, seed=seed).bfloat16() for seed in range(3)]
     heads[0][0, 1, 7, 3] = float("nan")
@@ -389,12 +420,28 @@ def test_attention_by_tiles_counts_its_operations() -> None:
 @tiled
 def test_attention_by_tiles_of_other_heads_is_left_to_others() -> None:
     with Called() as called:
-        for shape in ((2, 3, 50, 24), (2, 3, 50, 288), (1, 1, 50, 32)):
+        for shape in ((2, 3, 50, 24), (2, 3, 50, 288), (1, 1, 50, 32)):  # the last: one head for two threads
             heads = [numbers(*shape, seed=seed).bfloat16().requires_grad_() for seed in range(3)]
             attention(*heads, None, True, 0.2).sum().backward()
         heads = [numbers(2, 3, 50, 32, seed=seed).bfloat16().requires_grad_() for seed in range(3)]
         attention(*heads, torch.zeros(1, 1, 50, 50), False, 0.2).sum().backward()
     assert not called.names & set(TILED)
+    query, key, value = (numbers(2, heads, places, 32).bfloat16() for heads, places in ((3, 50), (2, 50), (2, 50)))
+    assert not operations_attention.suits(query, key, value, False)  # three heads in two groups
+    query, key, value = (numbers(2, 2, places, 32).bfloat16() for places in (50, 40, 40))
+    assert operations_attention.suits(query, key, value, False)
+    assert not operations_attention.suits(query, key, value, True)
+    assert not operations_attention.suits(query, key, value[..., :30, :], False)
+
+
+@tiled
+def test_without_tiles_an_operation_that_needs_them_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles.function.cache_clear()
+    monkeypatch.setattr(tiles, "_offered", lambda: False)
+    heads = [numbers(2, 2, 5, 32).bfloat16()] * 3
+    assert not operations_attention.suits(*heads, True)
+    with pytest.raises(RuntimeError, match="tiles"):
+        operations_attention.attention(*heads, True, 0.5)
 
 
 @compiled

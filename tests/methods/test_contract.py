@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from contracts import CONTRACTS, method, trained
 from families import FAMILIES, IDS, Family, run
 
 import veneer
-from helpers import perturb
+from helpers import Called, perturb
 from veneer.bases import Site, fast
 from veneer.bases.weights import stored, weight_of
 from veneer.errors import AdapterError, TargetError
@@ -149,8 +147,10 @@ def test_faster_forms_compute_the_same(family: str, monkeypatch: pytest.MonkeyPa
 def test_forms_in_c_round_no_worse(family: str) -> None:
     """Outputs and gradients of bfloat16 with and without `veneer.kernels.native`, beside those of float64; of several
     adapters, as errors of the few outputs of one differ by up to three times with what happens to be rounded up."""
-    if family == "mixtral":
-        pytest.skip("can't: experts change with the rounding")
+    if family in ("mixtral", "plain", "xlnet"):
+        pytest.skip("can't: experts change with the rounding" if family == "mixtral" else "can't: none of them is used")
+    if not native.there():
+        pytest.skip(f"can't: {native.state()}")
     ratios = []
     for seed in range(4):
         adapter = attached("lora", FAMILIES[family])
@@ -158,25 +158,30 @@ def test_forms_in_c_round_no_worse(family: str) -> None:
         perturb(adapter, std=0.05, seed=seed)
         adapter.base.model.bfloat16()
         adapter.bfloat16()
-        exact, ours, plain = (
-            computed(adapter, family, dtype, forms)
-            for dtype, forms in (
-                (torch.double, native.plain),
-                (torch.bfloat16, nullcontext),
-                (torch.bfloat16, native.plain),
-            )
-        )
+        with native.plain():
+            exact, plain = (computed(adapter, family, dtype) for dtype in (torch.double, torch.bfloat16))
+        with Called() as called:
+            ours = computed(adapter, family, torch.bfloat16)
+        assert called.names >= COMPILED.get(family, set())
+        assert called.names
         ratios += [(o - e).norm() / (p - e).norm() for e, o, p in zip(exact, ours, plain, strict=True)]
     assert torch.stack(ratios).log().mean().exp() <= 1.5
+    assert max(ratios) <= 5
 
 
-def computed(adapter: veneer.Adapter, family: str, dtype: torch.dtype, forms: Any) -> tuple[torch.Tensor, torch.Tensor]:
+COMPILED = {
+    "llama": {"rms_norm", "gated_backward", "rotary", "change"}, "gpt2": {"change"}, "bert": {"change"},
+    "t5": {"rms_norm"}, "vit": {"change"},
+}  # fmt: skip
+"""Some of the operations in C that are known to be used; heads of a family here are too narrow for tiles."""
+
+
+def computed(adapter: veneer.Adapter, family: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and gradients, the base in this dtype."""
     adapter.base.model.to(dtype)
     adapter.to(dtype).zero_grad()
-    with forms():
-        output = run(adapter, FAMILIES[family].inputs)
-        output.to(torch.float64).square().mean().backward()
+    output = run(adapter, FAMILIES[family].inputs)
+    output.to(torch.float64).square().mean().backward()
     grads = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
     return output.detach().double(), torch.cat(grads).double()
 

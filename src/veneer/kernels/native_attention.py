@@ -61,7 +61,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output, heads beside each other in memory, and the logarithms of the sums ``[rows, heads, queries]``."""
-    if mask is None and by_tiles.suits(query, key, value):
+    if mask is None and by_tiles.suits(query, key, value, causal):
         found: tuple[Tensor, Tensor] = by_tiles.attention(query, key, value, causal, scale)
         return found
     rows, heads, queries, width = query.shape
@@ -86,7 +86,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of query, key and value; dense."""
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    if mask is None and by_tiles.suits(query, key, value):
+    if mask is None and by_tiles.suits(query, key, value, causal):
         given = query, key, value, output, gradient, logs, causal, scale
         found: tuple[Tensor, Tensor, Tensor] = by_tiles.attention_backward(*given)
         return found

@@ -67,7 +67,7 @@ class _LowRankLinears(Function):
         dx = made.pop(0).view(ctx.shape) if for_x else None
         rows = made.pop(0).split(linears.places(some[1])) if x is not None else ()
         for at, wanted, row in zip(there, for_a, rows, strict=False):
-            found[at] = row[: len(a[at])] if wanted else None
+            found[at] = row[: len(a[at])].clone() if wanted else None  # a view would keep all rows
         for at, wanted in zip(there, for_b, strict=True):
             found[many + at] = made.pop(0) if wanted else None
         return dx, None, None, None, *found

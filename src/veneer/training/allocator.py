@@ -92,7 +92,8 @@ def kept_memory() -> Iterator[None]:
 @contextlib.contextmanager
 def _left_out() -> Iterator[None]:
     """Inside the block the collector doesn't go through what was there before: a model and all modules imported, some
-    times a step. Nothing, where somebody has seen to it already."""
+    times a step. Cycles of such objects that are dropped inside are freed after it. Nothing, where somebody has seen to
+    it already."""
     if gc.get_freeze_count():
         yield
         return

@@ -1,9 +1,8 @@
 /* Attention by tiles, without a mask: scores stay in float, and near the core that computes them.
 
    Heads are next to each other, those of a group served by the same keys and values. Arrays have strides by row, head
-   and place; width is a multiple of 32. Of place i, causal queries see keys up to i. */
+   and place; width is a multiple of 32. Causal queries are as many as keys, that of place i sees those up to i. */
 
-#ifdef __AMX_BF16__
 enum { BLOCK = 4 * SIDE };
 
 typedef struct {
@@ -32,13 +31,16 @@ static void copy_places(const bfloat16 *at, size of, size places, size room, siz
 static float soften(float *scores, size seen, size padded, float scale, bfloat16 *powers, float *greatest) {
     float best = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : best)
-    for (size i = 0; i < seen; i++) best = scores[i] > best ? scores[i] : best;
-    *greatest = best *= scale;
+    for (size i = 0; i < seen; i++) {
+        scores[i] *= scale;
+        best = scores[i] > best ? scores[i] : best;
+    }
     SUMMED
     for (size i = 0; i < seen; i++) {
-        powers[i] = narrow_bfloat16(power_of(scores[i] * scale - best));
+        powers[i] = narrow_bfloat16(power_of(scores[i] - best));
         sum += wide_bfloat16(powers[i]);
     }
+    *greatest = best;
     memset(powers + seen, 0, (padded - seen) * sizeof *powers);
     return sum;
 }
@@ -239,4 +241,3 @@ void attention_backward_bfloat16(bfloat16 *q, const size *of_q, bfloat16 *k, con
         end_tiles();
     }
 }
-#endif

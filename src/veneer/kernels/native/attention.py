@@ -18,15 +18,19 @@ from veneer.kernels.native.operations import address, operation, strides
 _WIDEST = 256
 
 
-def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def suits(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
     """Whether there is a compiled form for such heads: of bfloat16, on a processor with tiles, widths in steps of 32,
-    and enough of them for all threads."""
+    and groups enough for all threads; causal ones with as many keys as queries."""
     three = query, key, value
-    narrow = all(each.dtype == torch.bfloat16 and each.device.type == "cpu" and each.numel() > 0 for each in three)
-    width = query.shape[-1]
-    even = width % tiles.SIDE == 0 and width <= _WIDEST and all(each.stride(-1) == 1 for each in three)
-    many = key.shape[0] * key.shape[1] >= torch.get_num_threads()
-    return narrow and even and many and tiles.there()
+    if not all(each.device.type == "cpu" and each.numel() > 0 and tiles.ordinary(each) for each in three):
+        return False
+    rows, heads, queries, width = query.shape
+    groups, keys = key.shape[1:3]
+    narrow = all(each.dtype == torch.bfloat16 and each.stride(-1) == 1 for each in three)
+    fit = key.shape == value.shape == (rows, groups, keys, width) and heads % groups == 0
+    fit = fit and (queries == keys or not causal)
+    even = width % tiles.SIDE == 0 and width <= _WIDEST
+    return narrow and fit and even and rows * groups >= torch.get_num_threads() and tiles.there()
 
 
 def _beside(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Linear maps with low-rank changes by tiles, as operations of torch's library ``veneer``.
 
-Tensors are dense; x and gradients have as many rows as they like. A map's columns of h, and of what belongs to it, are
+Tensors are dense; x and gradients have any number of rows. A map's columns of h, and of what belongs to it, are
 as many as its rank, up to a multiple of 32, noughts at the end.
 """
 
@@ -19,24 +19,39 @@ from veneer.kernels.native.operations import address, operation
 
 _FACTORS = (torch.bfloat16, torch.float32)
 _MAPS = 8
-_DEPTH = 8192
-"""Sums of widths beyond which other products are as fast."""
+_WIDTHS = 8192
+"""Of the input and all outputs together, beyond which other products are as fast."""
 
 
 def suits(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
-    """Whether there is a compiled form for such maps: of bfloat16 on a processor with tiles, widths in steps of 32."""
+    """Whether there is a compiled form for such maps: a few of bfloat16 on a processor with tiles, widths in steps of
+    32 and not very large, dense, all factors A of one dtype and all B of one; and whether shapes fit."""
     given = [each for each in biases if each is not None]
     tensors = [x, *weights, *given]
-    factors = [*a, *b]
-    narrow = all(each.dtype == torch.bfloat16 for each in tensors) and x.numel() > 0 and len(weights) <= _MAPS
+    every = [*tensors, *a, *b]
+    if not (tiles.there() and x.numel() > 0 and 0 < len(weights) <= _MAPS):
+        return False
+    here = all(each.device.type == "cpu" and tiles.ordinary(each) for each in every)
+    narrow = all(each.dtype == torch.bfloat16 for each in tensors)
     kept = all(len({each.dtype for each in some}) == 1 and some[0].dtype in _FACTORS for some in (a, b))
-    here = all(each.device.type == "cpu" for each in (*tensors, *factors))
-    dense = all(each.is_contiguous() for each in (*weights, *given, *factors))
-    widths = [x.shape[-1], *(len(each) for each in weights)]
-    even = all(width % tiles.SIDE == 0 for width in widths) and sum(widths) <= _DEPTH
-    return narrow and kept and here and dense and even and all(len(each) > 0 for each in a) and tiles.there()
+    dense = all(each.is_contiguous() for each in every[1:])
+    return here and narrow and kept and dense and _fit(x.shape[-1], weights, biases, a, b)
+
+
+def _fit(
+    width: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> bool:
+    outs, ranks = [len(each) for each in weights], [len(each) for each in a]
+    even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and width + sum(outs) <= _WIDTHS
+    shapes = zip(weights, biases, a, b, outs, ranks, strict=True)
+    return even and all(
+        weight.shape == (out, width)
+        and (bias is None or bias.shape == (out,))
+        and (rank > 0 and first.shape == (rank, width) and second.shape == (out, rank))
+        for weight, bias, first, second, out, rank in shapes
+    )
 
 
 def _all(tensors: Sequence[Tensor | None]) -> Any:

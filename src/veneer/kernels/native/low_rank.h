@@ -1,7 +1,6 @@
 /* Linear maps of one input with low-rank changes. Columns of h and dh are those of all maps, of each a multiple of 32,
    noughts after its rank. The factors are float where wide says so, A's first. */
 
-#ifdef __AMX_BF16__
 static inline size padded(size width) { return SIDE * steps_of(width); }
 
 /* h = scale * x A', y = x W' + bias + h B'. */
@@ -70,4 +69,3 @@ void low_rank_linears_backward_bfloat16(const bfloat16 *x, size rows, size width
         end_tiles();
     }
 }
-#endif

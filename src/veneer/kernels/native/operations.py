@@ -43,7 +43,7 @@ _ARGUMENTS = {
     "change": "ppnni",
     "divided": "ppppsnnnni",
 }
-"""Of the C functions: p pointers, s strides, n sizes, f float, i int; the last is the number of threads."""
+"""Of the C functions here: p pointers, s strides, n sizes, f float, i int; the last is the number of threads."""
 
 
 def suits(*tensors: Tensor) -> bool:

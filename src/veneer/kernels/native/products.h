@@ -6,16 +6,17 @@
    each 32 of depth two tiles, in which pairs that are neighbours in depth stand beside each other. As many panels as fit
    caches are laid out at once. Threads share out panels, or rows where there are few panels. */
 
-#ifdef __AMX_BF16__
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SIDE = 32, TILE = SIDE * 16, STEP = 2 * TILE, TERMS = 16, RIGHTS = 512 << 10, LEFTS = 256 << 10 };
+enum { SIDE = 32, TILE = SIDE * 16, STEP = 2 * TILE, TERMS = 16 };
+enum { RIGHTS = 512 << 10, LEFTS = 256 << 10 }; /* numbers that are laid out, and multiplied with these, at once */
 
+/* What is called of_... is the stride of that array's rows, counted in numbers. */
 typedef struct {
     const bfloat16 *left;
-    size of_left; /* from row to row */
+    size of_left;
     const void *right;
     size of_right;
     int wide;     /* right is float */
@@ -35,7 +36,7 @@ typedef struct {
     float scale;
 } Product;
 
-/* 32 rows of a left. */
+/* 32 rows of a left, their stride, and the depth in steps of 32. */
 typedef struct {
     const bfloat16 *at;
     size of, steps;
@@ -112,6 +113,9 @@ static bfloat16 *lay_out(const Term *term, size column, bfloat16 *to) {
     return to + steps_of(term->depth) * STEP;
 }
 
+/* Compilers are not told what loads of tiles read: all that was written before is to be there. */
+#define SETTLED __asm__ volatile("" ::: "memory")
+
 static void begin_tiles(void) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -119,6 +123,7 @@ static void begin_tiles(void) {
         uint8_t rows[16];
     } config __attribute__((aligned(64))) = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    SETTLED;
     _tile_loadconfig(&config);
 }
 
@@ -126,6 +131,7 @@ static void end_tiles(void) { _tile_release(); }
 
 /* 32 x 32 numbers. */
 static void multiply(const Left *lefts, int count, const bfloat16 *panel, float *to) {
+    SETTLED;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -261,7 +267,4 @@ static void share(const Product *products, int count, int thread, int threads, b
 }
 
 /* Whether the system lets this process use tiles: a request of Linux's, ARCH_REQ_XCOMP_PERM for tiles' data. */
-int products_there_bfloat16(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-#else
-int products_there_bfloat16(void) { return 0; }
-#endif
+size products_there_bfloat16(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from veneer.kernels.native import build
 from veneer.kernels.native.operations import KINDS
@@ -22,18 +23,33 @@ def there() -> bool:
 
 @functools.cache
 def _offered() -> bool:
-    return bool(function("products_there", "")())
+    loaded = build.library()
+    if loaded is None:
+        return False
+    there = loaded["products_there_bfloat16"]
+    there.restype = KINDS["n"]
+    return bool(there())  # which also asks the system for them: without that a process that uses them is ended
 
 
 @functools.cache
 def function(name: str, kinds: str) -> Callable[..., int]:
-    """A function in C, which takes arguments of these `KINDS`."""
+    """A function in C, which takes arguments of these `KINDS`.
+
+    Raises:
+        RuntimeError: there are no tiles here.
+    """
     loaded = build.library()
-    assert loaded is not None
+    if loaded is None or not _offered():
+        raise RuntimeError(f"{name} needs a processor and a system with tiles (Intel AMX).")
     found = loaded[f"{name}_bfloat16"]
     found.argtypes = [KINDS[each] for each in kinds]
-    found.restype = KINDS["n"]
+    found.restype = KINDS["n"] if name.endswith("work") else None
     return found
+
+
+def ordinary(tensor: Tensor) -> bool:
+    """Whether it is no subclass with numbers of its own kind."""
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
 
 
 def padded(width: int) -> int:
