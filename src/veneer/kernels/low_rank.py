@@ -39,9 +39,9 @@ def low_rank_linears(
     scales: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` of each map; weights ``[out, in]`` and biases get no gradients."""
-    if native_low_rank.suits(x, weights, biases, a, b):
-        return native_low_rank.low_rank_linears(x, weights, biases, a, b, scales)
-    result: tuple[Tensor, ...] = _LowRankLinears.apply(x, weights, biases, scales, *a, *b)
+    tiled = native_low_rank.suits(x, weights, biases, a, b)
+    function = native_low_rank.LowRankLinears if tiled else _LowRankLinears
+    result: tuple[Tensor, ...] = function.apply(x, weights, biases, scales, *a, *b)
     return result
 
 

@@ -18,25 +18,15 @@ from veneer.kernels.again import to_keep
 from veneer.kernels.native import linears
 from veneer.kernels.native.linears import suits
 
-__all__ = ["low_rank_linears", "suits"]
+__all__ = ["LowRankLinears", "suits"]
 
 
-def low_rank_linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-) -> tuple[Tensor, ...]:
-    """As there."""
-    result: tuple[Tensor, ...] = _LowRankLinears.apply(x, weights, biases, scales, *a, *b)
-    return result
+class LowRankLinears(Function):
+    """As the function of that name there, which says what its arguments are."""
 
-
-class _LowRankLinears(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Any, biases: Any, scales: Any, *factors: Tensor) -> tuple[Tensor, ...]:
+        """All outputs; factors are A of each map, then B of each."""
         many = len(weights)
         ctx.weights, ctx.scales, ctx.shape = weights, scales, x.shape
         a, b = factors[:many], factors[many:]
@@ -49,6 +39,7 @@ class _LowRankLinears(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Of x and the factors; outputs that were not used have none."""
         many = len(ctx.weights)
         h, *rest = ctx.saved_tensors
         a, b, sources = rest[:many], rest[many : 2 * many], rest[2 * many :]
