@@ -28,7 +28,7 @@ _ELEMENTS = 1 << 23
 _BLOCK = 128
 """Causal queries at a time: later keys are left out."""
 GAINS = {torch.bfloat16, torch.float16}
-"""Dtypes whose products are faster than the flash kernel's own; in others it is left to itself."""
+"""Dtypes whose products are faster than the flash kernel's own; in others it is left to itself but for tiles."""
 LONGEST, LONGEST_CAUSAL = 512, 2048
 """Up to so many queries and keys; beyond, scores no longer fit into caches."""
 
@@ -37,7 +37,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal
     """Whether `attention` takes these, and gains by it."""
     return (
         query.device.type == "cpu"
-        and query.dtype in GAINS
+        and (query.dtype in GAINS or native_attention.tiled(query, key, value, mask, causal))
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
         and max(query.shape[2], key.shape[2]) <= (LONGEST_CAUSAL if causal else LONGEST)
@@ -68,7 +68,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
-        compiled = native_attention.suits(query, key, value, mask)
+        compiled = native_attention.suits(query, key, value, mask, causal)
         mask = _added(query, mask, causal and not compiled)
         if compiled:
             mask = mask if mask is None else mask.to(query.dtype)

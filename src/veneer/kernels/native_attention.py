@@ -1,7 +1,7 @@
 """`veneer.kernels.attention` with everything between its products compiled.
 
-Without a mask, and on a processor with tiles, all of it (`native/attention.h`). Elsewhere the products are torch's;
-what is between them, each in one pass over the scores: the greatest of a row, exponentials with their sums, dS. Scores
+Without a mask, and on a processor with tiles, all of it (`native/attention.h`), in float32, too. Elsewhere the products
+are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials with their sums, dS. Scores
 in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is part of the second
 product.
 """
@@ -26,11 +26,18 @@ _BLOCK = 128
 """Causal queries at a time: later keys are left out."""
 
 
-def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def tiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether all of it is computed by tiles."""
+    return mask is None and by_tiles.suits(query, key, value, causal)
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
     """Whether this computes what `attention` does with these arguments."""
+    if query.dtype != torch.bfloat16:
+        return tiled(query, key, value, mask, causal)
     dense = all(each.stride(-1) == 1 for each in (query, key, value))
     readable = mask is None or (mask.dim() == 4 and mask.stride(-1) == 1)
-    return dense and readable and query.dtype == torch.bfloat16 and native.suits(query) and native.suits(key, value)
+    return dense and readable and native.suits(query) and native.suits(key, value)
 
 
 class _Part(NamedTuple):
@@ -61,7 +68,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output, heads beside each other in memory, and the logarithms of the sums ``[rows, heads, queries]``."""
-    if mask is None and by_tiles.suits(query, key, value, causal):
+    if tiled(query, key, value, mask, causal):
         found: tuple[Tensor, Tensor] = by_tiles.attention(query, key, value, causal, scale)
         return found
     rows, heads, queries, width = query.shape
@@ -86,7 +93,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of query, key and value; dense."""
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    if mask is None and by_tiles.suits(query, key, value, causal):
+    if tiled(query, key, value, mask, causal):
         given = query, key, value, output, gradient, logs, causal, scale
         found: tuple[Tensor, Tensor, Tensor] = by_tiles.attention_backward(*given)
         return found

@@ -19,18 +19,18 @@ _WIDEST = 256
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
-    """Whether there is a compiled form for such heads: of bfloat16, on a processor with tiles, widths in steps of 32,
-    and groups enough for all threads; causal ones with as many keys as queries."""
+    """Whether there is a compiled form for such heads: of bfloat16 or float32, on a processor with tiles, widths in
+    steps of 32, and groups enough for all threads; causal ones with as many keys as queries."""
     three = query, key, value
     if not all(each.device.type == "cpu" and each.numel() > 0 and tiles.ordinary(each) for each in three):
         return False
     rows, heads, queries, width = query.shape
     groups, keys = key.shape[1:3]
-    narrow = all(each.dtype == torch.bfloat16 and each.stride(-1) == 1 for each in three)
+    alike = query.dtype in tiles.PARTS and all(each.dtype == query.dtype and each.stride(-1) == 1 for each in three)
     fit = key.shape == value.shape == (rows, groups, keys, width) and heads % groups == 0
     fit = fit and (queries == keys or not causal)
     even = width % tiles.SIDE == 0 and width <= _WIDEST
-    return narrow and fit and even and rows * groups >= torch.get_num_threads() and tiles.there()
+    return alike and fit and even and rows * groups >= torch.get_num_threads() and tiles.there()
 
 
 def _beside(x: Tensor) -> Tensor:
@@ -61,8 +61,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     output, logs = _forward_shapes(query)
     sizes = _sizes(query, key)
     work = tiles.work(query, "attention_work", *sizes[3:])
-    tiles.function("attention", "ps" * 4 + "p" + "n" * 6 + "ifpni")(
-        *_told(query, key, value, output), address(logs), *sizes, causal, scale, address(work), work.shape[1], len(work)
+    tiles.function("attention", "ps" * 4 + "p" + "n" * 6 + "ifpnii")(
+        *_told(query, key, value, output),
+        address(logs),
+        *sizes,
+        causal,
+        scale,
+        address(work),
+        work.shape[1],
+        tiles.PARTS[query.dtype],
+        len(work),
     )
     return output, logs
 
@@ -84,9 +92,9 @@ def attention_backward(
     made = _backward_shapes(query, key, value)
     sizes = _sizes(query, key)
     work = tiles.work(query, "attention_work", *sizes[3:])
-    tiles.function("attention_backward", "ps" * 5 + "p" + "ps" * 3 + "n" * 6 + "ifpni")(
+    tiles.function("attention_backward", "ps" * 5 + "p" + "ps" * 3 + "n" * 6 + "ifpnii")(
         *_told(query, key, value, output, gradient), address(logs), *_told(*made), *sizes, causal, scale, address(work),
-        work.shape[1], len(work),
+        work.shape[1], tiles.PARTS[query.dtype], len(work),
     )  # fmt: skip
     return made
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 from veneer.kernels.native import tiles
 from veneer.kernels.native.operations import address, operation
 
-_FACTORS = (torch.bfloat16, torch.float32)
 _MAPS = 8
 _WIDTHS = 8192
 """Of the input and all outputs together, beyond which other products are as fast."""
@@ -26,18 +25,19 @@ _WIDTHS = 8192
 def suits(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
-    """Whether there is a compiled form for such maps: a few of bfloat16 on a processor with tiles, widths in steps of
-    32 and not very large, dense, all factors A of one dtype and all B of one; and whether shapes fit."""
+    """Whether there is a compiled form for such maps: a few of bfloat16 or float32 on a processor with tiles, widths in
+    steps of 32 and not very large, dense, all factors A of one dtype and all B of one, as wide as x or wider; and whether
+    shapes fit."""
     given = [each for each in biases if each is not None]
     tensors = [x, *weights, *given]
     every = [*tensors, *a, *b]
     if not (tiles.there() and x.numel() > 0 and 0 < len(weights) <= _MAPS):
         return False
     here = all(each.device.type == "cpu" and tiles.ordinary(each) for each in every)
-    narrow = all(each.dtype == torch.bfloat16 for each in tensors)
-    kept = all(len({each.dtype for each in some}) == 1 and some[0].dtype in _FACTORS for some in (a, b))
+    alike = x.dtype in tiles.PARTS and all(each.dtype == x.dtype for each in tensors)
+    kept = all(len({each.dtype for each in some}) == 1 and some[0].dtype in (x.dtype, torch.float32) for some in (a, b))
     dense = all(each.is_contiguous() for each in every[1:])
-    return here and narrow and kept and dense and _fit(x.shape[-1], weights, biases, a, b)
+    return here and alike and kept and dense and _fit(x.shape[-1], weights, biases, a, b)
 
 
 def _fit(
@@ -97,9 +97,10 @@ def low_rank_linears(
     width = x.shape[-1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
     work = tiles.work(x, "products_work", width + max(places(a)))
-    tiles.function("low_rank_linears", "pnnipppppppppnppni")(
+    tiles.function("low_rank_linears", "pnnipppppppppnppnii")(
         address(x), len(h), width, len(weights), _all(weights), _all(biases), _all(a), _all(b), wide, outs,
-        ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1], len(work),
+        ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1],
+        tiles.PARTS[x.dtype], len(work),
     )  # fmt: skip
     return made
 
@@ -142,10 +143,10 @@ def low_rank_linears_backward(
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
     dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], tiles.padded(rows))
     work = tiles.work(h, "products_work", max(sum(outs) + h.shape[1], tiles.padded(rows)))
-    tiles.function("low_rank_linears_backward", "pnnippppppppnpppppppni")(
+    tiles.function("low_rank_linears_backward", "pnnippppppppnpppppppnii")(
         address(x), rows, width, len(weights), _all(weights), _all(a), _all(b), wide, outs, ranks, factors, address(h),
         h.shape[1], _all(dys), address(dh), address(turned), address(dx), address(da), _all(dbs), address(work),
-        work.shape[1], len(work),
+        work.shape[1], tiles.PARTS[h.dtype], len(work),
     )  # fmt: skip
     return made
 

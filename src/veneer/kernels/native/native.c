@@ -118,11 +118,15 @@ static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -60.0
 /* Of all that the forms by tiles need: a virtual machine may leave some of it out. */
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && \
     defined(__AVX512BF16__) && defined(__x86_64__) && defined(__linux__)
+#include "panels.h"
+
 #include "products.h"
+
+#include "thin.h"
 
 #include "low_rank.h"
 
 #include "attention.h"
 #else
-size products_there_bfloat16(void) { return 0; }
+size products_there(void) { return 0; }
 #endif

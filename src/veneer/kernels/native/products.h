@@ -1,117 +1,36 @@
-/* Products of bfloat16 matrices by tiles (Intel AMX).
+/* Products of matrices by tiles, of bfloat16 or of float.
 
    A product is a sum of terms, each left [rows, depth] times right, which is [columns, depth] or [depth, columns].
-   Nothing is rounded before all is added up. Lefts are read where they are: their depth is a multiple of 32, what is
-   beyond that of the right being nought. Rights are laid out as tiles take them, 32 columns at a time (a panel): for
-   each 32 of depth two tiles, in which pairs that are neighbours in depth stand beside each other. As many panels as fit
-   caches are laid out at once. Threads share out panels, or rows where there are few panels. */
+   Nothing is rounded before all is added up. The depth of lefts is a multiple of 32, what is beyond that of the right
+   being nought. Lefts of bfloat16 are read where they are, those of float laid out when they are needed. As many panels
+   as fit caches are laid out at once; float, whose parts take more room, is gone through some of its depth at a time.
+   Threads share out panels, or rows where there are few panels. */
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SIDE = 32, TILE = SIDE * 16, STEP = 2 * TILE, TERMS = 16 };
-enum { RIGHTS = 512 << 10, LEFTS = 256 << 10 }; /* numbers that are laid out, and multiplied with these, at once */
+enum { TERMS = 16, CHUNK = 24 };                   /* steps of depth of float that are gone through at once */
+enum { RIGHTS = 576 << 10, LEFTS = 256 << 10 }; /* numbers that are laid out, and multiplied with these, at once */
 
 /* What is called of_... is the stride of that array's rows, counted in numbers. */
 typedef struct {
-    const bfloat16 *left;
+    const void *left;
     size of_left;
-    const void *right;
-    size of_right;
-    int wide;     /* right is float */
-    int by_depth; /* right is [depth, columns] */
-    size depth, columns;
+    Right right;
 } Term;
 
 typedef struct {
     Term terms[TERMS];
-    int count;
+    int count, parts;
     size rows, columns;
     void *to;
     size of_to;
     int wide;   /* what it gives is float */
     int turned; /* and goes to [columns, rows] */
-    const bfloat16 *bias;
+    int onto;   /* and is added to what is there, which is float */
+    const void *bias;
     float scale;
 } Product;
-
-/* 32 rows of a left, their stride, and the depth in steps of 32. */
-typedef struct {
-    const bfloat16 *at;
-    size of, steps;
-} Left;
-
-static inline size steps_of(size depth) { return (depth + SIDE - 1) / SIDE; }
-
-static inline __mmask32 first_of(size many) { return many >= 32 ? ~0u : many <= 0 ? 0 : (1u << many) - 1; }
-
-/* Up to 32 numbers from a row of a right, as bfloat16. */
-static inline __m512i loaded(const Term *term, size at, size many) {
-    const __mmask32 there = first_of(many);
-    if (!term->wide) return _mm512_maskz_loadu_epi16(there, (const bfloat16 *)term->right + at);
-    const float *from = (const float *)term->right + at;
-    const __m512 low = _mm512_maskz_loadu_ps((__mmask16)there, from);
-    const __m512 high = _mm512_maskz_loadu_ps((__mmask16)(there >> 16), from + 16);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-/* 16 rows of 16 pairs become 16 rows of the pairs at one place each. */
-static inline void turn(__m512i *r, bfloat16 *to) {
-    __m512i t[16];
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + 32 * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-        _mm512_storeu_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_storeu_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-    }
-}
-
-/* 32 columns of a right, from the given one on; what is beyond its ends is nought. */
-static bfloat16 *lay_out(const Term *term, size column, bfloat16 *to) {
-    const size columns = term->columns - column;
-    if (term->by_depth) {
-        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                             37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        for (size pair = 0; pair < 16 * steps_of(term->depth); pair++) {
-            const size at = 2 * pair, left = term->depth - at;
-            const __m512i a = left > 0 ? loaded(term, at * term->of_right + column, columns) : _mm512_setzero_si512();
-            const __m512i b =
-                left > 1 ? loaded(term, (at + 1) * term->of_right + column, columns) : _mm512_setzero_si512();
-            bfloat16 *tile = to + pair / 16 * STEP + pair % 16 * 32;
-            _mm512_storeu_si512(tile, _mm512_permutex2var_epi16(a, low, b));
-            _mm512_storeu_si512(tile + TILE, _mm512_permutex2var_epi16(a, high, b));
-        }
-    } else {
-        for (size step = 0; step < steps_of(term->depth); step++)
-            for (int tile = 0; tile < 2; tile++) {
-                __m512i r[16];
-                for (int i = 0; i < 16; i++)
-                    r[i] = 16 * tile + i < columns ? loaded(term, (column + 16 * tile + i) * term->of_right + 32 * step,
-                                                            term->depth - 32 * step)
-                                                   : _mm512_setzero_si512();
-                turn(r, to + step * STEP + tile * TILE);
-            }
-    }
-    return to + steps_of(term->depth) * STEP;
-}
 
 /* Compilers are not told what loads of tiles read: all that was written before is to be there. */
 #define SETTLED __asm__ volatile("" ::: "memory")
@@ -129,87 +48,136 @@ static void begin_tiles(void) {
 
 static void end_tiles(void) { _tile_release(); }
 
+static inline void narrow_steps(const Left *left, const bfloat16 *panel) {
+    const bfloat16 *at = left->at;
+    for (size step = 0; step < left->steps; step++, panel += STEP, at += left->next) {
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(4, at, 2 * left->of);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, at + left->below, 2 * left->of);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+#define TAKE_LEFT(part)                            \
+    _tile_loadd(4, left + (part) * STEP, 64);      \
+    _tile_loadd(5, left + (part) * STEP + TILE, 64)
+#define TAKE_RIGHT(part)                           \
+    _tile_loadd(6, right + (part) * STEP, 64);     \
+    _tile_loadd(7, right + (part) * STEP + TILE, 64)
+#define ADD_UP                \
+    _tile_dpbf16ps(0, 4, 6);  \
+    _tile_dpbf16ps(1, 4, 7);  \
+    _tile_dpbf16ps(2, 5, 6);  \
+    _tile_dpbf16ps(3, 5, 7)
+
+/* The small ones first, in an order that keeps one side of most. */
+static inline void float_steps(const Left *laid, const bfloat16 *right) {
+    const bfloat16 *left = laid->at;
+    for (size step = 0; step < laid->steps; step++, left += FLOAT_PARTS * STEP, right += FLOAT_PARTS * STEP) {
+        TAKE_RIGHT(0);
+        TAKE_LEFT(2);
+        ADD_UP;
+        TAKE_LEFT(1);
+        ADD_UP;
+        TAKE_RIGHT(1);
+        ADD_UP;
+        TAKE_LEFT(0);
+        ADD_UP;
+        TAKE_RIGHT(2);
+        ADD_UP;
+        TAKE_RIGHT(0);
+        ADD_UP;
+    }
+}
+
 /* 32 x 32 numbers. */
-static void multiply(const Left *lefts, int count, const bfloat16 *panel, float *to) {
+static void multiply(const Left *lefts, int count, const bfloat16 *panel, int parts, float *to) {
     SETTLED;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int term = 0; term < count; term++) {
-        const size of = lefts[term].of;
-        const bfloat16 *left = lefts[term].at, *below = left + 16 * of;
-        for (size step = 0; step < lefts[term].steps; step++, panel += STEP, left += SIDE, below += SIDE) {
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(4, left, 2 * of);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, panel + TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, below, 2 * of);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
+    for (int i = 0; i < count; panel += lefts[i++].steps * parts * STEP)
+        if (parts == NARROW_PARTS)
+            narrow_steps(&lefts[i], panel);
+        else
+            float_steps(&lefts[i], panel);
     _tile_stored(0, to, 4 * SIDE);
     _tile_stored(1, to + 16, 4 * SIDE);
     _tile_stored(2, to + 16 * SIDE, 4 * SIDE);
     _tile_stored(3, to + 16 * SIDE + 16, 4 * SIDE);
 }
 
+/* A block whose columns are rows of what is given: they are few, there is no need to be fast. */
+static void put_turned(const Product *p, const float *block, size row, size column, size rows, size columns) {
+    for (size j = 0; j < columns; j++)
+        for (size i = 0; i < rows; i++) {
+            void *to = place(p->to, (column + j) * p->of_to + row + i, p->wide);
+            const float y = block[i * SIDE + j] * p->scale;
+            if (p->wide)
+                *(float *)to = p->onto ? *(float *)to + y : y;
+            else
+                *(bfloat16 *)to = narrow_bfloat16(y);
+        }
+}
+
 /* A block of 32 x 32 sums to its place in what the product gives. */
 static void put(const Product *p, const float *block, size row, size column) {
-    const size rows = p->rows - row < SIDE ? p->rows - row : SIDE;
-    const size columns = p->columns - column < SIDE ? p->columns - column : SIDE;
-    const __mmask32 there = first_of(columns);
-    if (p->turned) { /* of few columns: no need to be fast */
-        for (size j = 0; j < columns; j++)
-            for (size i = 0; i < rows; i++) {
-                const size at = (column + j) * p->of_to + row + i;
-                const float y = block[i * SIDE + j] * p->scale;
-                if (p->wide)
-                    ((float *)p->to)[at] = y;
-                else
-                    ((bfloat16 *)p->to)[at] = narrow_bfloat16(y);
-            }
+    const size rows = least(p->rows - row, SIDE), columns = least(p->columns - column, SIDE);
+    if (p->turned) {
+        put_turned(p, block, row, column, rows, columns);
         return;
     }
-    __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    if (p->bias) {
-        const __m512i both = _mm512_maskz_loadu_epi16(there, p->bias + column);
-        bias[0] = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(both));
-        bias[1] = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(both, 1));
+    const __mmask32 there = first_of(columns);
+    const __mmask16 first = (__mmask16)there, second = (__mmask16)(there >> 16);
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    if (p->bias && p->parts == NARROW_PARTS) {
+        const __m512i both = _mm512_maskz_loadu_epi16(there, (const bfloat16 *)p->bias + column);
+        low = low_of(both), high = high_of(both);
+    } else if (p->bias) {
+        low = _mm512_maskz_loadu_ps(first, (const float *)p->bias + column);
+        high = _mm512_maskz_loadu_ps(second, (const float *)p->bias + column + 16);
     }
     const __m512 scale = _mm512_set1_ps(p->scale);
     for (size i = 0; i < rows; i++) {
-        const __m512 low = _mm512_fmadd_ps(_mm512_loadu_ps(block + i * SIDE), scale, bias[0]);
-        const __m512 high = _mm512_fmadd_ps(_mm512_loadu_ps(block + i * SIDE + 16), scale, bias[1]);
-        const size at = (row + i) * p->of_to + column;
+        __m512 a = _mm512_fmadd_ps(_mm512_loadu_ps(block + i * SIDE), scale, low);
+        __m512 b = _mm512_fmadd_ps(_mm512_loadu_ps(block + i * SIDE + 16), scale, high);
+        void *at = place(p->to, (row + i) * p->of_to + column, p->wide);
+        if (p->onto) {
+            a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(first, at));
+            b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(second, (float *)at + 16));
+        }
         if (p->wide) {
-            _mm512_mask_storeu_ps((float *)p->to + at, (__mmask16)there, low);
-            _mm512_mask_storeu_ps((float *)p->to + at + 16, (__mmask16)(there >> 16), high);
+            _mm512_mask_storeu_ps(at, first, a);
+            _mm512_mask_storeu_ps((float *)at + 16, second, b);
         } else
-            _mm512_mask_storeu_epi16((bfloat16 *)p->to + at, there, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            _mm512_mask_storeu_epi16(at, there, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
 }
 
 static size steps_of_all(const Product *p) {
     size steps = 0;
-    for (int i = 0; i < p->count; i++) steps += steps_of(p->terms[i].depth);
+    for (int i = 0; i < p->count; i++) steps += steps_of(p->terms[i].right.depth);
     return steps;
 }
 
-/* The rows that are left over below the last 32, with noughts below them: tiles would read beyond the end. */
-static void copy_last(const Product *p, Left *lefts, bfloat16 *to) {
-    const size first = p->rows / SIDE * SIDE;
+/* 32 rows of all lefts: where they are, or laid out. Tiles would read beyond the end of fewer rows. */
+static void take_rows(const Product *p, size row, Left *lefts, bfloat16 *to) {
+    const int wide = p->parts > NARROW_PARTS;
     for (int i = 0; i < p->count; i++) {
         const Term *term = &p->terms[i];
-        const size width = SIDE * steps_of(term->depth);
-        lefts[i] = (Left){to, width, steps_of(term->depth)};
-        for (size row = first; row < first + SIDE; row++, to += width)
-            if (row < p->rows)
-                memcpy(to, term->left + row * term->of_left, width * sizeof *to);
-            else
-                memset(to, 0, width * sizeof *to);
+        const size of = term->of_left, steps = steps_of(term->right.depth);
+        const void *at = place(term->left, row * of, wide);
+        if (!wide && p->rows - row >= SIDE)
+            lefts[i] = (Left){at, of, 16 * of, SIDE, steps};
+        else {
+            lefts[i] = lay_rows(at, of, wide, p->rows - row, steps, p->parts, to);
+            to += steps * p->parts * STEP;
+        }
     }
 }
 
@@ -217,33 +185,55 @@ static void copy_last(const Product *p, Left *lefts, bfloat16 *to) {
 static void part(const Product *p, size first_row, size last_row, size first_panel, size last_panel, bfloat16 *work) {
     if (first_row >= last_row || first_panel >= last_panel) return;
     Left lefts[TERMS], last[TERMS];
-    const size steps = steps_of_all(p);
-    const size panels = RIGHTS / (steps * STEP) > 1 ? RIGHTS / (steps * STEP) : 1;
-    const size rows = LEFTS / (steps * STEP) > 1 ? LEFTS / (steps * STEP) * SIDE : SIDE;
+    const int narrow = p->parts == NARROW_PARTS;
+    const size of_panel = steps_of_all(p) * p->parts * STEP, whole = p->rows / SIDE * SIDE;
+    const size many = last_panel - first_panel, most = RIGHTS / of_panel > 1 ? RIGHTS / of_panel : 1;
+    const size times = (many + most - 1) / most, panels = (many + times - 1) / times;
+    const size rows = narrow && LEFTS / of_panel > 1 ? LEFTS / of_panel * SIDE : SIDE;
+    bfloat16 *room = work + panels * of_panel;
     float block[SIDE * SIDE] __attribute__((aligned(64)));
-    if (last_row == p->rows && p->rows % SIDE) copy_last(p, last, work + panels * steps * STEP);
+    if (narrow && last_row > whole) take_rows(p, whole, last, room);
     for (size panel = first_panel; panel < last_panel; panel += panels) {
-        const size end = panel + panels < last_panel ? panel + panels : last_panel;
+        const size end = least(panel + panels, last_panel);
         bfloat16 *to = work;
         for (size each = panel; each < end; each++)
-            for (int i = 0; i < p->count; i++) to = lay_out(&p->terms[i], each * SIDE, to);
+            for (int i = 0; i < p->count; i++) to = lay_panel(&p->terms[i].right, each * SIDE, p->parts, to);
         for (size begin = first_row; begin < last_row; begin += rows)
             for (size each = panel; each < end; each++)
-                for (size row = begin; row < last_row && row < begin + rows; row += SIDE) {
-                    const int whole = p->rows - row >= SIDE;
-                    for (int i = 0; whole && i < p->count; i++) {
-                        const Term *term = &p->terms[i];
-                        lefts[i] = (Left){term->left + row * term->of_left, term->of_left, steps_of(term->depth)};
-                    }
-                    multiply(whole ? lefts : last, p->count, work + (each - panel) * steps * STEP, block);
+                for (size row = begin; row < least(last_row, begin + rows); row += SIDE) {
+                    const int shared = narrow && row >= whole;
+                    if (narrow ? !shared : each == panel) take_rows(p, row, lefts, room);
+                    multiply(shared ? last : lefts, p->count, work + (each - panel) * of_panel, p->parts, block);
                     put(p, block, row, each * SIDE);
                 }
     }
 }
 
+/* Some steps of a product's depth. */
+static Product some_of(const Product *p, size first, size last) {
+    Product some = *p;
+    some.count = 0;
+    some.onto = first > 0;
+    if (some.onto) some.bias = NULL;
+    for (int i = 0; i < p->count; i++) {
+        Term term = p->terms[i];
+        Right *right = &term.right;
+        const size steps = steps_of(right->depth), from = SIDE * (first > 0 ? first : 0);
+        if (first < steps && last > 0) {
+            term.left = place(term.left, from, 1);
+            right->at = place(right->at, right->by_depth ? from * right->of_at : from, right->wide);
+            right->depth = least(right->depth, SIDE * last) - from;
+            some.terms[some.count++] = term;
+        }
+        first -= steps;
+        last -= steps;
+    }
+    return some;
+}
+
 /* Numbers of work that a thread needs for products of this depth, all terms together, each padded to 32. */
-size products_work_bfloat16(size depth) {
-    const size panel = depth / SIDE * STEP;
+size products_work(size depth, int parts) {
+    const size steps = parts == NARROW_PARTS ? depth / SIDE : least(depth / SIDE, CHUNK), panel = steps * parts * STEP;
     return (RIGHTS > panel ? RIGHTS : panel) + panel;
 }
 
@@ -255,16 +245,20 @@ static void share(const Product *products, int count, int thread, int threads, b
     size first = panels * thread / threads, last = panels * (thread + 1) / threads;
     for (int i = 0; i < count; i++) {
         const Product *p = &products[i];
-        const size own = steps_of(p->columns), blocks = steps_of(p->rows);
-        if (by_rows)
-            part(p, blocks * thread / threads * SIDE,
-                 thread + 1 == threads ? p->rows : blocks * (thread + 1) / threads * SIDE, 0, own, work);
-        else
-            part(p, 0, p->rows, first < 0 ? 0 : first, last < own ? last : own, work);
+        const size own = steps_of(p->columns), blocks = steps_of(p->rows), steps = steps_of_all(p);
+        const size chunks = p->parts == NARROW_PARTS ? 1 : (steps + CHUNK - 1) / CHUNK;
+        for (size chunk = 0; chunk < chunks; chunk++) {
+            const Product some = some_of(p, steps * chunk / chunks, steps * (chunk + 1) / chunks);
+            if (by_rows)
+                part(&some, blocks * thread / threads * SIDE,
+                     thread + 1 == threads ? p->rows : blocks * (thread + 1) / threads * SIDE, 0, own, work);
+            else
+                part(&some, 0, p->rows, first < 0 ? 0 : first, least(last, own), work);
+        }
         first -= own;
         last -= own;
     }
 }
 
 /* Whether the system lets this process use tiles: a request of Linux's, ARCH_REQ_XCOMP_PERM for tiles' data. */
-size products_there_bfloat16(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+size products_there(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }

@@ -14,6 +14,8 @@ from veneer.kernels.native.operations import KINDS
 
 SIDE = 32
 """Rows and columns that are multiplied at a time; depths are multiples of it."""
+PARTS = {torch.bfloat16: 1, torch.float32: 3}
+"""Of dtypes that can be multiplied: as sums of how many bfloat16."""
 
 
 def there() -> bool:
@@ -26,7 +28,7 @@ def _offered() -> bool:
     loaded = build.library()
     if loaded is None:
         return False
-    there = loaded["products_there_bfloat16"]
+    there = loaded["products_there"]
     there.restype = KINDS["n"]
     return bool(there())  # which also asks the system for them: without that a process that uses them is ended
 
@@ -41,7 +43,7 @@ def function(name: str, kinds: str) -> Callable[..., int]:
     loaded = build.library()
     if loaded is None or not _offered():
         raise RuntimeError(f"{name} needs a processor and a system with tiles (Intel AMX).")
-    found = loaded[f"{name}_bfloat16"]
+    found = loaded[name]
     found.argtypes = [KINDS[each] for each in kinds]
     found.restype = KINDS["n"] if name.endswith("work") else None
     return found
@@ -58,5 +60,6 @@ def padded(width: int) -> int:
 
 
 def work(like: Tensor, name: str, *sizes: int) -> Tensor:
-    """Room for what each thread lays out, as much as the function of this name says."""
-    return like.new_empty(torch.get_num_threads(), function(name, "n" * len(sizes))(*sizes))
+    """Room for what each thread lays out of such numbers, as much as the function of this name says."""
+    room = function(name, "n" * len(sizes) + "i")(*sizes, PARTS[like.dtype])
+    return like.new_empty(torch.get_num_threads(), room, dtype=torch.bfloat16)
