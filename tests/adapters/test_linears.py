@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import veneer
 from helpers import perturb, tiny_llama
 from veneer.adapters.linears import Siblings
-from veneer.deltas import low_rank
+from veneer.deltas import Delta, InputScale, LowRank, Scale, Stack, low_rank
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3
 
@@ -77,6 +77,32 @@ def test_queries_keys_and_values_are_one_computation_and_so_are_gate_and_value(
     assert close(together, alone(adapter, monkeypatch))
     assert groups == [1] * 14
     assert nothing_is_left(adapter)
+
+
+@pytest.mark.parametrize(
+    ("outer", "taken"),
+    [(Scale(torch.linspace(0.5, 2, 5).double()), True), (InputScale(torch.linspace(0.5, 2, 4).double()), False)],
+    ids=["of the output", "of the input"],
+)
+def test_a_stack_is_one_computation_if_the_others_change_outputs_only(
+    outer: Delta, taken: bool, groups: list[int]
+) -> None:
+    x, weight, bias, a, b = (torch.randn(*shape).double() for shape in ((3, 4), (5, 4), (5,), (2, 4), (5, 2)))
+    stack = Stack([LowRank(a, b, 2.0), outer])
+    found = Stack.linears([stack, stack], x, [weight, -weight], [bias, None])
+    assert (found is not None) is taken
+    assert groups == ([2] if taken else [])
+    for y, own in zip(found or (), ((weight, bias), (-weight, None)), strict=False):
+        assert torch.allclose(y, stack.apply(x, nn.functional.linear(stack.before(x), *own)))
+
+
+def test_dora_is_computed_with_its_maps(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = veneer.Base(tiny_llama().double()).attach(veneer.DoRA(rank=4))
+    perturb(adapter.double())
+    together = learned(adapter)
+    assert groups == [3, 1, 2, 1] * 2
+    monkeypatch.setattr(Stack, "linears", lambda *args: None)
+    assert close(together, learned(adapter))
 
 
 def test_only_those_an_adapter_acts_at(groups: list[int]) -> None:

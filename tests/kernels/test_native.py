@@ -25,6 +25,7 @@ from veneer.kernels.native import attention as operations_attention
 from veneer.kernels.native import build, operations, tiles
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
+from veneer.kernels.scaled import scaled
 
 COMPILER = os.environ.get("VENEER_NATIVE") != "0" and sys.platform == "linux" and shutil.which("gcc") is not None
 compiled = pytest.mark.skipif(not COMPILER, reason="there is no gcc, or VENEER_NATIVE=0")
@@ -288,6 +289,36 @@ def test_shapes_that_do_not_fit_are_left_to_the_plain_forms() -> None:
 def test_a_target_that_is_no_class_is_an_error(target: int) -> None:
     with pytest.raises(IndexError, match="5 classes"):
         cross_entropy_sum(numbers(2, 8).float(), numbers(5, 8).float(), None, torch.tensor([0, target]))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(2, 41, 37), (70, 300), (1, 8)])
+def test_scaled(shape: tuple[int, ...], biased: bool, dtype: torch.dtype) -> None:
+    bias = numbers(shape[-1], seed=2) if biased else None
+
+    def run(x: Tensor, v: Tensor) -> Tensor:
+        own = v.float() if x.dtype != torch.float64 else v
+        return scaled(x, own, None if bias is None else bias.to(dtype).to(x.dtype))
+
+    as_near(run, [numbers(*shape), 1 + numbers(shape[-1], seed=1) / 10], dtype, "scaled", "scaled_backward")
+    x = numbers(*shape).to(dtype)
+    assert torch.equal(run(x, torch.ones(shape[-1])), x)
+    given = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(run(given, torch.full(shape[-1:], 0.5)).sum(), given)  # alone
+    assert torch.equal(dx, torch.full_like(x, 0.5))
+
+
+@compiled
+def test_scaled_by_others_is_left_to_torch() -> None:
+    x = numbers(3, 8).float()
+    with Called() as called:
+        scaled(x, torch.ones(8, dtype=torch.float64))
+        scaled(x, torch.ones(1))
+        scaled(x, torch.ones(8), torch.zeros(()))
+        scaled(x, torch.ones(8), torch.zeros(8).requires_grad_()).sum().backward()
+    assert not called.names
 
 
 @compiled

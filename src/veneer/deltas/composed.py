@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,22 @@ class Stack(Delta):
             y = delta.apply(own, y)
         return y
 
+    @classmethod
+    def linears(
+        cls, deltas: Sequence[Self], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Sequence[Tensor] | None:
+        """As the innermost of each, then the others, if these act on outputs only."""
+        inner = [delta._inside_out[0] for delta in deltas]
+        outer = [delta._inside_out[1:] for delta in deltas]
+        kind, *kinds = (type(each) for each in inner)
+        if any(each is not kind for each in kinds) or not all(_acts_after(each) for rest in outer for each in rest):
+            return None
+        outputs = kind.linears(inner, x, weights, biases)
+        if outputs is None:
+            return None
+        pairs = zip(outputs, outer, strict=True)
+        return [functools.reduce(lambda y, each: each.apply(x, y), rest, y) for y, rest in pairs]
+
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All, the innermost first."""
         new: dict[str, Tensor] = {}
@@ -88,6 +105,11 @@ class Stack(Delta):
     def flops_per_token(self) -> int:
         """Of all."""
         return sum(delta.flops_per_token for delta in self.deltas)
+
+
+def _acts_after(delta: Delta) -> bool:
+    """Whether it only changes outputs."""
+    return type(delta).before is Delta.before and not delta.swaps
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,6 @@ output side    y ← v ⊙ y                 scales the bias, too (IA3, Liu et a
                y ← v ⊙ (y − b) + b        leaves the bias b as it is (DoRA's magnitude, Liu et al. 2024, §4)
 input side     x ← v ⊙ x
 bias           y ← y + b
-
-Scales are near one, where bf16 has three digits: the products are computed in the wider dtype and rounded once.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from veneer.deltas.base import Delta, per_row
 from veneer.errors import AdapterError
+from veneer.kernels.scaled import scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +28,7 @@ class Scale(Delta):
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """Scale."""
-        scaled = y * self.v
-        if self.bias is not None:
-            scaled = scaled + self.bias * (1 - self.v)  # nothing, to the bit, where v is one
-        return scaled.to(y.dtype)
+        return scaled(y, self.v, self.bias)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": diag(v) W, "bias": v ⊙ b}``, the bias only if it is scaled."""
@@ -63,7 +59,7 @@ class InputScale(Delta):
 
     def before(self, x: Tensor) -> Tensor:
         """Scale."""
-        return (x * self.v).to(x.dtype)
+        return scaled(x, self.v)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"weight": W diag(v)}``."""

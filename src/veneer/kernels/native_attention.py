@@ -1,9 +1,9 @@
 """`veneer.kernels.attention` with everything between its products compiled.
 
 Without a mask, and on a processor with tiles, all of it (`native/attention.h`), in float32, too. Elsewhere the products
-are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials with their sums, dS. Scores
-in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is part of the second
-product.
+are torch's; what is between them, each in one pass over the scores: the greatest of a row, exponentials with their
+sums, dS. Scores in 16 bits are computed twice, as there, so that they are rounded near zero: what is taken off is part
+of the second product.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class DoRA(LoRA):
             cross = ((weight @ a.mT.to(weight.dtype)) * b).sum(1)  # a small part of the norm: its own dtype will do
             update = ((b @ (a @ a.mT)) * b).sum(1)
             norms = (_square_norms(weight) + 2 * scale * cross + scale**2 * update).sqrt()
-        return Stack((LowRank(a, b, scale), Scale(parameters[_MAGNITUDE] / norms, own.get("bias", torch.zeros(())))))
+        return Stack((LowRank(a, b, scale), Scale(parameters[_MAGNITUDE] / norms, own.get("bias"))))
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:
         """As LoRA with a flag."""

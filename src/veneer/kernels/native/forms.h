@@ -83,6 +83,46 @@ void FORM(gated_backward)(const NUMBER *gate, const NUMBER *up, const NUMBER *dy
         FORM(gated_backward_as)(gate, up, dy, dgate, dup, rows, width, GELU_TANH, threads);
 }
 
+/* y = v * x + bias * (1 - v), v and bias by column. */
+void FORM(scaled)(const NUMBER *x, const float *v, const NUMBER *bias, NUMBER *y, size rows, size width, int threads) {
+    EACH_ROW
+    for (size row = 0; row < rows; row++) {
+        const NUMBER *xs = x + row * width;
+        NUMBER *ys = y + row * width;
+        if (bias)
+            for (size i = 0; i < width; i++) ys[i] = NARROW(WIDE(xs[i]) * v[i] + WIDE(bias[i]) * (1.0f - v[i]));
+        else
+            for (size i = 0; i < width; i++) ys[i] = NARROW(WIDE(xs[i]) * v[i]);
+    }
+}
+
+/* dx, and dv in float: sums by column of dy * (x - bias), of some rows at a time. */
+void FORM(scaled_backward)(const NUMBER *x, const float *v, const NUMBER *bias, const NUMBER *dy, NUMBER *dx, float *dv,
+                           size rows, size width, int threads) {
+    enum { COLUMNS = 256, ROWS = 32 };
+    EACH_ROW
+    for (size first = 0; first < width; first += COLUMNS) {
+        const size many = width - first < COLUMNS ? width - first : COLUMNS;
+        float sums[COLUMNS] = {0}, taken[COLUMNS] = {0};
+        for (size i = 0; bias && i < many; i++) taken[i] = WIDE(bias[first + i]);
+        for (size begin = 0; begin < rows; begin += ROWS) {
+            float some[COLUMNS] = {0};
+            for (size row = begin; row < rows && row < begin + ROWS; row++) {
+                const NUMBER *xs = x + row * width + first, *dys = dy + row * width + first;
+                NUMBER *dxs = dx + row * width + first;
+#pragma omp simd
+                for (size i = 0; i < many; i++) {
+                    const float d = WIDE(dys[i]);
+                    dxs[i] = NARROW(d * v[first + i]);
+                    some[i] += d * (WIDE(xs[i]) - taken[i]);
+                }
+            }
+            for (size i = 0; i < many; i++) sums[i] += some[i];
+        }
+        memcpy(dv + first, sums, many * sizeof *dv);
+    }
+}
+
 /* Turns heads [rows, heads, places, width] of any strides but the last; backward turns them back. Cosines and
    sines are dense [rows, places, width], or the same for all rows. */
 void FORM(rotary)(const NUMBER *x, const size *of_x, const NUMBER *cos, const NUMBER *sin, size of_row, NUMBER *y,

@@ -26,8 +26,8 @@ def suits(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
     """Whether there is a compiled form for such maps: a few of bfloat16 or float32 on a processor with tiles, widths in
-    steps of 32 and not very large, dense, all factors A of one dtype and all B of one, as wide as x or wider; and whether
-    shapes fit."""
+    steps of 32 and not very large, dense, all factors A of one dtype and all B of one, as wide as x or wider; and
+    whether shapes fit."""
     given = [each for each in biases if each is not None]
     tensors = [x, *weights, *given]
     every = [*tensors, *a, *b]

@@ -33,6 +33,8 @@ _ARGUMENTS = {
     "rms_norm_backward": "pppppnni",
     "gated": "pppnnii",
     "gated_backward": "pppppnnii",
+    "scaled": "ppppnni",
+    "scaled_backward": "ppppppnni",
     "rotary": "psppnpsnnnnii",
     "cross_entropy": "pppppnnii",
     "pack": "pspsnnnnfipfi",
@@ -152,6 +154,27 @@ def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, act: int) -> tuple[Tens
     sizes = gate.numel() // gate.shape[-1], gate.shape[-1]
     _run("gated_backward", gate, address(gate), address(up), address(dy), address(dgate), address(dup), *sizes, act)
     return dgate, dup
+
+
+@operation("scaled(Tensor x, Tensor v, Tensor? bias) -> Tensor", _like)
+def scaled(x: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """y like x ``[…, d]``; v ``[d]`` is float32, the bias ``[d]`` of the dtype of x."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    _run("scaled", x, address(x), address(v), address(bias), address(y), x.numel() // width, width)
+    return y
+
+
+def _with_sums(x: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(v)
+
+
+@operation("scaled_backward(Tensor x, Tensor v, Tensor? bias, Tensor dy) -> (Tensor, Tensor)", _with_sums)
+def scaled_backward(x: Tensor, v: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dv."""
+    dx, dv = _with_sums(x, v)
+    tensors = (address(each) for each in (x, v, bias, dy, dx, dv))
+    _run("scaled_backward", x, *tensors, x.numel() // x.shape[-1], x.shape[-1])
+    return dx, dv
 
 
 def _turned(x: Tensor, *args: Any) -> Tensor:
