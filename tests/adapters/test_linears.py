@@ -13,6 +13,7 @@ import veneer
 from helpers import perturb, tiny_llama
 from veneer.adapters.linears import Siblings
 from veneer.deltas import Delta, InputScale, LowRank, Scale, Stack, low_rank
+from veneer.methods.dora import DoRA
 
 IDS = torch.arange(2 * 9).view(2, 9) + 3
 
@@ -97,7 +98,7 @@ def test_a_stack_is_one_computation_if_the_others_change_outputs_only(
 
 
 def test_dora_is_computed_with_its_maps(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = veneer.Base(tiny_llama().double()).attach(veneer.DoRA(rank=4))
+    adapter = veneer.Base(tiny_llama().double()).attach(DoRA(rank=4))
     perturb(adapter.double())
     together = learned(adapter)
     assert groups == [3, 1, 2, 1] * 2
