@@ -19,6 +19,7 @@ from helpers import Called
 from veneer.kernels import native, native_attention
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
+from veneer.kernels.frozen import frozen_linear
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import low_rank_linears
 from veneer.kernels.native import attention as operations_attention
@@ -259,6 +260,38 @@ def test_low_rank_of_other_maps_is_left_to_torch() -> None:
         run(64, 64, torch.bfloat16, x=numbers(0, 64).bfloat16())
         run(64, 64, torch.bfloat16, weight=numbers(64, 64).bfloat16().T)
     assert not called.names
+
+
+@tiled
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "width", "out"), [((3, 41), 160, 96), ((5,), 37, 50), ((300,), 1000, 700)])
+def test_frozen(rows: tuple[int, ...], width: int, out: int, biased: bool) -> None:
+    """Widths that fill no tile, and some that are gone through in parts."""
+    weight, bias = (numbers(out, width, seed=1) / width**0.5).float(), numbers(out, seed=2).float()
+
+    def run(x: Tensor) -> Tensor:
+        return frozen_linear(x, weight.to(x.dtype), bias.to(x.dtype) if biased else None)
+
+    as_near(run, [numbers(*rows, width)], torch.float32, "product")
+
+
+@tiled
+def test_frozen_of_other_maps_is_left_to_torch() -> None:
+    x, weight, bias = numbers(3, 64).float().requires_grad_(), numbers(32, 64).float(), numbers(32).float()
+    expected = F.linear(x, weight, bias)
+    with Called() as called:
+        found = [
+            frozen_linear(x, weight.clone().requires_grad_(), bias),
+            frozen_linear(x, weight, bias.clone().requires_grad_()),
+            frozen_linear(x, numbers(64, 32).float().copy_(weight.T).T, bias),
+        ]
+        frozen_linear(x[:0], weight, bias)
+        with pytest.raises(RuntimeError, match="shape"):
+            frozen_linear(x[:, :32], weight, bias)
+        with native.plain():
+            frozen_linear(x, weight, bias)
+    assert not called.names
+    assert all(map(torch.equal, found, 3 * [expected]))
 
 
 @compiled

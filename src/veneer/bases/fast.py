@@ -4,6 +4,7 @@
     RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
     rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
+    linear maps     float32 by tiles, where nothing is learned     `veneer.kernels.frozen`
 
 A module is taken for one of these if it is built like one and, tried once a class, the plain form computes the very
 same numbers; what is compiled of it (`veneer.kernels.native`) is as near to the exact ones.
@@ -26,7 +27,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from veneer.kernels import attention as kernel
 from veneer.kernels import native
+from veneer.kernels.frozen import frozen_linear
 from veneer.kernels.gated import gated
+from veneer.kernels.native import tiles
 from veneer.kernels.precision import wider
 from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
@@ -148,6 +151,9 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     tried: dict[tuple[Any, ...], bool] = {}
     turning: dict[type, Forward | None] = {}
     for module in model.modules():
+        if type(module) is nn.Linear and tiles.there():
+            yield module, functools.partial(_linear, module)
+            continue
         for forward, key in (*_as_norm(module), *_as_gated(module)):
             found = (type(module), key)
             if found not in tried:
@@ -161,6 +167,10 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
                 turning[kind] = _with_rotary(kind)
             if (turned := turning[kind]) is not None:
                 yield module, functools.partial(turned, module)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return frozen_linear(x, module.weight, module.bias)
 
 
 def _with_rotary(kind: type[nn.Module]) -> Forward | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
-from veneer.kernels.native import operations
+from veneer.kernels.native import operations, product
 from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
@@ -75,7 +75,7 @@ class _CrossEntropySum(torch.autograd.Function):
         )
         for place in in_steps(len(hidden), rows):
             h, t = hidden[place : place + rows], targets[place : place + rows]
-            logits = torch.mm(h, weight.t(), out=room[: len(h)])
+            logits = _product(h, weight, room[: len(h)])
             if bias is not None:
                 logits += bias
             if work is None:
@@ -88,7 +88,7 @@ class _CrossEntropySum(torch.autograd.Function):
                     correct += _hits(some, own)
                     loss += _loss(some, own, work[: len(own)], gradient=any(learned))
             if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[place : place + rows])
+                _product(logits, weight, d_hidden[place : place + rows], by_depth=True)
             if d_weight is not None:
                 d_weight += logits.t() @ h
             if d_bias is not None:
@@ -103,6 +103,14 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, loss: Tensor, correct: Tensor) -> Any:
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(None if each is None else (each * loss).to(dtype) for each, dtype in saved), None, None)
+
+
+def _product(x: Tensor, weight: Tensor, y: Tensor, *, by_depth: bool = False) -> Tensor:
+    """``x weightᵀ``, or ``x weight`` by depth, in y."""
+    if product.suits(x, weight):
+        product.product(x.contiguous(), weight, None, by_depth, y)
+        return y
+    return torch.mm(x, weight if by_depth else weight.t(), out=y)
 
 
 def _loss(logits: Tensor, targets: Tensor, work: Tensor, *, gradient: bool) -> Tensor:

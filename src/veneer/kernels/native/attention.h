@@ -109,7 +109,7 @@ static void attend(const Attention *a, Left q, const bfloat16 *k, const bfloat16
         shares[i] = 1.0f / sum;
         logs[first + i] = greatest + logf(sum);
     }
-    const Left p = lay_rows(scores, room, 1, many, steps, a->parts, powers);
+    const Left p = lay_rows(scores, room, 1, many, SIDE * steps, a->parts, powers);
     for (size column = 0; column < a->width; column += SIDE) {
         multiply(&p, 1, v + column / SIDE * steps_of(a->keys) * unit, a->parts, block);
         for (size i = 0; i < many; i++) {
@@ -150,7 +150,7 @@ void attention(void *q, const size *of_q, void *k, const size *of_k, void *v, co
             lay_panels(&of_keys, parts, k_panels);
             lay_panels(&of_values, parts, v_panels);
             for (size first = 0; first < queries; first += SIDE) {
-                const Left some = lay_rows(from_place(own, first), own.of, own.wide, queries - first, steps_of(width),
+                const Left some = lay_rows(from_place(own, first), own.of, own.wide, queries - first, width,
                                            parts, laid);
                 attend(&a, some, k_panels, v_panels, to, logs + unit * queries, first, scores, powers);
             }
@@ -188,7 +188,7 @@ static void change_of(const Attention *a, const float *scores, const float *prod
 static void add_to(const Attention *a, float *sums, const float *numbers, size steps, bfloat16 *room,
                    const bfloat16 *right, size of_panel) {
     float block[SIDE * SIDE] __attribute__((aligned(64)));
-    const Left left = lay_rows(numbers, BLOCK, 1, SIDE, steps, a->parts, room);
+    const Left left = lay_rows(numbers, BLOCK, 1, SIDE, SIDE * steps, a->parts, room);
     for (size column = 0; column < a->width; column += SIDE) {
         multiply(&left, 1, right + column / SIDE * of_panel, a->parts, block);
         for (size i = 0; i < SIDE; i++)
@@ -249,12 +249,12 @@ static void go_back(const Attention *a, Backward *w, Places q, Places o, Places 
 static void take_keys(const Attention *a, Backward *w, Places k, Places v) {
     const size keys = a->keys, steps = steps_of(a->width), all = padded(keys), unit = STEP * a->parts;
     for (size key = 0; key < keys; key += SIDE) {
-        lay_rows(from_place(k, key), k.of, k.wide, keys - key, steps, a->parts, w->k + key / SIDE * steps * unit);
-        lay_rows(from_place(v, key), v.of, v.wide, keys - key, steps, a->parts, w->v + key / SIDE * steps * unit);
+        lay_rows(from_place(k, key), k.of, k.wide, keys - key, a->width, a->parts, w->k + key / SIDE * steps * unit);
+        lay_rows(from_place(v, key), v.of, v.wide, keys - key, a->width, a->parts, w->v + key / SIDE * steps * unit);
     }
     turn_all(k.at, keys, k.of, a->width, w->dk, all, a->parts, 0, 1);
     for (size column = 0; column < a->width; column += SIDE)
-        lay_rows(place(w->dk, column * all, k.wide), all, k.wide, SIDE, all / SIDE, a->parts,
+        lay_rows(place(w->dk, column * all, k.wide), all, k.wide, SIDE, all, a->parts,
                  w->k_turned + column / SIDE * all / SIDE * unit);
     memset(w->dk, 0, all * a->width * sizeof *w->dk);
     memset(w->dv, 0, all * a->width * sizeof *w->dv);

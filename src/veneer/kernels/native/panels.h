@@ -169,17 +169,19 @@ typedef struct {
     size of, below, next, steps;
 } Left;
 
-/* Up to 32 rows, noughts below them. */
-static Left lay_rows(const void *from, size of, int wide, size rows, size steps, int parts, bfloat16 *to) {
+/* Up to 32 rows; noughts below them, and after their depth. */
+static Left lay_rows(const void *from, size of, int wide, size rows, size depth, int parts, bfloat16 *to) {
+    const size steps = steps_of(depth);
     for (size row = 0; row < SIDE; row++)
         for (size step = 0; step < steps; step++) {
             const void *at = place(from, row * of + SIDE * step, wide);
+            const size there = row < rows ? depth - SIDE * step : 0;
             bfloat16 *tile = to + step * parts * STEP + row * 32;
             if (parts == NARROW_PARTS)
-                _mm512_storeu_si512(tile, narrow_row(at, wide, row < rows ? SIDE : 0));
+                _mm512_storeu_si512(tile, narrow_row(at, wide, there));
             else {
                 __m512i found[FLOAT_PARTS];
-                float_row(at, row < rows ? SIDE : 0, found);
+                float_row(at, there, found);
                 for (int part = 0; part < FLOAT_PARTS; part++) _mm512_storeu_si512(tile + part * STEP, found[part]);
             }
         }

@@ -1,9 +1,9 @@
 /* Products of matrices by tiles, of bfloat16 or of float.
 
    A product is a sum of terms, each left [rows, depth] times right, which is [columns, depth] or [depth, columns].
-   Nothing is rounded before all is added up. The depth of lefts is a multiple of 32, what is beyond that of the right
-   being nought. Lefts of bfloat16 are read where they are, those of float laid out when they are needed. As many panels
-   as fit caches are laid out at once; float, whose parts take more room, is gone through some of its depth at a time.
+   Nothing is rounded before all is added up. Lefts of bfloat16 are read where they are, their depth being a multiple of
+   32 with noughts beyond that of the right; those of float are laid out when they are needed. As many panels as fit
+   caches are laid out at once; float, whose parts take more room, is gone through some of its depth at a time.
    Threads share out panels, or rows where there are few panels. */
 
 #include <sys/syscall.h>
@@ -170,12 +170,12 @@ static void take_rows(const Product *p, size row, Left *lefts, bfloat16 *to) {
     const int wide = p->parts > NARROW_PARTS;
     for (int i = 0; i < p->count; i++) {
         const Term *term = &p->terms[i];
-        const size of = term->of_left, steps = steps_of(term->right.depth);
+        const size of = term->of_left, depth = term->right.depth, steps = steps_of(depth);
         const void *at = place(term->left, row * of, wide);
         if (!wide && p->rows - row >= SIDE)
             lefts[i] = (Left){at, of, 16 * of, SIDE, steps};
         else {
-            lefts[i] = lay_rows(at, of, wide, p->rows - row, steps, p->parts, to);
+            lefts[i] = lay_rows(at, of, wide, p->rows - row, depth, p->parts, to);
             to += steps * p->parts * STEP;
         }
     }
@@ -257,6 +257,20 @@ static void share(const Product *products, int count, int thread, int threads, b
         }
         first -= own;
         last -= own;
+    }
+}
+
+/* y = x right' + bias, or x right where that is [depth, columns]. */
+void product(const void *x, size rows, size depth, const void *right, size columns, int by_depth, const void *bias,
+             void *y, bfloat16 *work, size of_work, int parts, int threads) {
+    const int wide = parts == FLOAT_PARTS;
+    const Term term = {x, depth, {right, by_depth ? columns : depth, depth, columns, wide, by_depth}};
+    const Product only = {{term}, 1, parts, rows, columns, y, columns, wide, .bias = bias, .scale = 1};
+#pragma omp parallel num_threads(threads)
+    {
+        begin_tiles();
+        share(&only, 1, omp_get_thread_num(), omp_get_num_threads(), work + omp_get_thread_num() * of_work);
+        end_tiles();
     }
 }
 

@@ -1,0 +1,38 @@
+"""A product by tiles, as an operation of torch's library ``veneer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from veneer.kernels.native import tiles
+from veneer.kernels.native.operations import address, operation
+
+
+def suits(x: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether there is a compiled form for these: all of float32, on a processor with tiles, right and bias dense.
+
+    In bfloat16 torch's products are as fast.
+    """
+    given = [x, right] if bias is None else [x, right, bias]
+    usual = all(each.device.type == "cpu" and tiles.ordinary(each) and each.dtype == torch.float32 for each in given)
+    return usual and all(each.is_contiguous() for each in given[1:]) and x.numel() > 0 and tiles.there()
+
+
+@operation("product(Tensor x, Tensor right, Tensor? bias, bool by_depth, Tensor(a!) y) -> ()", lambda *args: None)
+def product(x: Tensor, right: Tensor, bias: Tensor | None, by_depth: bool, y: Tensor) -> None:
+    """``x rightᵀ + bias``, or ``x right`` by depth, into y; x ``[…, depth]`` and y ``[…, columns]`` are dense."""
+    depth, columns = x.shape[-1], y.shape[-1]
+    work = tiles.work(x, "products_work", tiles.padded(depth))
+    tiles.function("product", "pnnpnipppnii")(
+        address(x), x.numel() // depth, depth, address(right), columns, by_depth, address(bias), address(y),
+        address(work), work.shape[1], tiles.PARTS[x.dtype], len(work),
+    )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.veneer.product)
+def _flops(x: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * torch.Size(x[:-1]).numel() * torch.Size(right).numel())
