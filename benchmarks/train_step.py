@@ -144,7 +144,7 @@ def own_step(base: Any, variant: Variant, batch: dict[str, Any]) -> Callable[[],
     adapter = base.attach(method_class(variant.method)(**SETTINGS[variant.method]), "a", seed=0)
     adapter.train()
     task, optimizer = CausalLM(), torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
-    passes = parts(batch, TrainSettings().tokens_of_a_pass(base.device), task.by_token)
+    passes = parts(batch, TrainSettings(batch_size=ROWS).tokens_of_a_pass(base.device, [TOKENS]), task.by_token)
     items = task.items(batch)
 
     def step() -> float:

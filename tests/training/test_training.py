@@ -188,6 +188,19 @@ def test_a_run_is_forecast_by_the_largest_part_there_could_be() -> None:
     assert batch.labelled == sum(learned) / (7 * 600)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "size", "expected"),
+    [([256], 4, 1024), ([20] * 9 + [400], 8, 580), ([45], 8, 512), ([5000], 1, 1024), ([], 8, 512)],
+)
+def test_passes_are_as_large_as_batches_usually_are(lengths: list[int], size: int, expected: int) -> None:
+    """Within bounds; and on processors only, unless something else is asked for."""
+    here = torch.device("cpu")
+    assert TrainSettings(batch_size=size).tokens_of_a_pass(here, lengths) == expected
+    assert TrainSettings(batch_size=size).tokens_of_a_pass(torch.device("cuda"), lengths) == 0
+    assert TrainSettings(batch_size=size, pass_tokens=100).tokens_of_a_pass(here, lengths) == 100
+    assert TrainSettings(batch_size=size, pass_tokens=0).tokens_of_a_pass(here, lengths) == 0
+
+
 def test_parts_are_without_padding_they_do_not_need() -> None:
     lengths = [3, 9, 1, 10, 2]
     mask = (torch.arange(10) < torch.tensor(lengths)[:, None]).long()

@@ -84,7 +84,7 @@ def from_config(
 def _batch(config: RunConfig, tokens: int, labelled: float, device: torch.device) -> Batch:
     """A pass of rows that are all of this length."""
     rows = config.train.batch_size
-    parts = count(rows, tokens, config.train.tokens_of_a_pass(device))
+    parts = count(rows, tokens, config.train.tokens_of_a_pass(device, [tokens]))
     return Batch(math.ceil(rows / parts), tokens, labelled)
 
 

@@ -105,7 +105,7 @@ def fit(
         watching += [overfitting, patience] if settings.patience else [overfitting]
     try:
         conduct = Conduct(adapter, resume)
-        limit = settings.tokens_of_a_pass(base.device)
+        limit = settings.tokens_of_a_pass(base.device, train_set.examples["length"][:])
         trainer = Trainer(adapter, task, train_set, validation, arguments, watching, conduct, distillation, limit)
     except (ValueError, RuntimeError, ImportError) as error:  # a tracker or optimiser that isn't there
         raise ConfigError(f"train: {str(error).strip().splitlines()[0]}") from error

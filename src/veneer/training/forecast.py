@@ -62,7 +62,7 @@ def largest_pass(
         device: it runs on.
     """
     lengths = sorted(lengths, reverse=True)
-    limit = settings.tokens_of_a_pass(device)
+    limit = settings.tokens_of_a_pass(device, lengths)
 
     def rows_of(first: int) -> int:
         """As many as fit with the longest of them at this place."""

@@ -157,7 +157,8 @@ def _run(
             "train_sampling_strategy": "random",  # by length, short and long batches would be mistaken for progress
             "use_cpu": adapter.base.device.type == "cpu",
         }
-        arguments, limit = transformers.TrainingArguments(**options), settings.tokens_of_a_pass(adapter.device)
+        arguments = transformers.TrainingArguments(**options)
+        limit = settings.tokens_of_a_pass(adapter.device, train_set.examples["length"][:])
         trainer = _Ramp(adapter, task, train_set, None, arguments, [recorder], pass_tokens=limit)
         trainer.rates = rates
         if settings.checkpointing:

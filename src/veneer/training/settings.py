@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "inverse_sqrt"]
 
-_PASS = 1024
-"""Tokens, on processors."""
+_PASS, _LEAST_PASS = 1024, 512
+"""Tokens, on processors: hardly faster with more; with fewer each part's own costs are felt."""
+_UNEVEN = 1.25
+"""A batch of so many times the tokens of an average one is not split."""
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(rf"([0-9]+(?:[.][0-9]+)?) ?({'|'.join(_UNITS)})")
 
@@ -44,8 +48,8 @@ class TrainSettings(BaseModel):
     """Forward passes per optimiser step; their losses are averaged over tokens, not over passes."""
     pass_tokens: int | None = Field(None, ge=0)
     """Tokens in a forward pass at most, padding counted: larger batches are computed in parts, which is the same step
-    in less memory. 0: whole batches. By default 1,024 on processors, which are hardly faster with more; whole batches
-    on GPUs."""
+    in less memory. 0: whole batches. By default, on processors, 1,024, which are hardly faster with more, or as few as
+    512 where most batches have no more: the few that do would double the memory; whole batches on GPUs."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up."""
     warmup: float = Field(0.05, ge=0)
@@ -87,11 +91,12 @@ class TrainSettings(BaseModel):
         number, unit = _TIME.fullmatch(self.checkpoint_every).groups()  # type: ignore[union-attr]
         return float(number) * _UNITS[unit]
 
-    def tokens_of_a_pass(self, device: torch.device) -> int:
-        """`pass_tokens` where training is on this device; 0: no limit."""
-        if self.pass_tokens is None:
-            return _PASS if device.type == "cpu" else 0
-        return self.pass_tokens
+    def tokens_of_a_pass(self, device: torch.device, lengths: Sequence[int]) -> int:
+        """`pass_tokens` where training is on this device, on rows of these lengths; 0: no limit."""
+        if self.pass_tokens is not None or device.type != "cpu":
+            return self.pass_tokens or 0
+        usual = self.batch_size * statistics.fmean(lengths) if lengths else 0
+        return min(max(round(_UNEVEN * usual), _LEAST_PASS), _PASS)
 
     def arguments(self, output: Path, *, rows: int, learning_rate: float, validate: bool) -> dict[str, Any]:
         """The same as keyword arguments of `transformers.TrainingArguments`.
