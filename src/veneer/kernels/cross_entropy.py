@@ -108,8 +108,9 @@ class _CrossEntropySum(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, y: Tensor, *, by_depth: bool = False) -> Tensor:
     """``x weightᵀ``, or ``x weight`` by depth, in y."""
     if product.suits(x, weight):
-        product.product(x.contiguous(), weight, None, by_depth, y)
-        return y
+        given = torch.empty_like(y, dtype=torch.float32) if by_depth else y  # a large vocabulary is summed part by part
+        product.product(x.contiguous(), weight, None, by_depth, given)
+        return y if given is y else y.copy_(given)
     return torch.mm(x, weight if by_depth else weight.t(), out=y)
 
 

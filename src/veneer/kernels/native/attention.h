@@ -64,8 +64,8 @@ static inline Right along(Places x, size first, size many, size width) {
     return (Right){from_place(x, first), x.of, many, width, x.wide, 1};
 }
 
-static void lay_panels(const Right *right, int parts, bfloat16 *to) {
-    for (size column = 0; column < right->columns; column += SIDE) to = lay_panel(right, column, parts, to);
+static void lay_all(const Right *right, int parts, bfloat16 *to) {
+    lay_panels(right, 0, steps_of(right->columns), parts, steps_of(right->depth) * parts * STEP, to);
 }
 
 /* Scores become exponentials, less the greatest and, with one part, rounded, noughts after those that are seen; what
@@ -147,8 +147,8 @@ void attention(void *q, const size *of_q, void *k, const size *of_k, void *v, co
             const Right of_keys = across(places_of(&a, ks, row, group), 0, keys, width);
             const Right of_values = along(places_of(&a, vs, row, group), 0, keys, width);
             const Places own = places_of(&a, qs, row, head), to = places_of(&a, os, row, head);
-            lay_panels(&of_keys, parts, k_panels);
-            lay_panels(&of_values, parts, v_panels);
+            lay_all(&of_keys, parts, k_panels);
+            lay_all(&of_values, parts, v_panels);
             for (size first = 0; first < queries; first += SIDE) {
                 const Left some = lay_rows(from_place(own, first), own.of, own.wide, queries - first, width,
                                            parts, laid);
@@ -202,7 +202,7 @@ static void take_queries(const Attention *a, Backward *w, Places q, Places o, Pl
     const Right rights[4] = {across(q, begin, many, a->width), across(g, begin, many, a->width),
                              along(q, begin, many, a->width), along(g, begin, many, a->width)};
     bfloat16 *to[4] = {w->q_across, w->g_across, w->q_along, w->g_along};
-    for (int i = 0; i < 4; i++) lay_panels(&rights[i], a->parts, to[i]);
+    for (int i = 0; i < 4; i++) lay_all(&rights[i], a->parts, to[i]);
     for (size i = 0; i < padded(many); i++) {
         w->dots[i] = i < many ? dot_of(g, o, begin + i, a->width) : 0;
         w->logs[i] = i < many ? logs[begin + i] : 1e30f; /* no power of queries that are not there */
@@ -226,7 +226,7 @@ static void go_back(const Attention *a, Backward *w, Places q, Places o, Places 
             multiply(&v, 1, w->g_across + block * steps * unit, a->parts, products);
             change_of(a, scores, products, w->logs + at, w->dots + at, key, begin + at, w->powers + at, w->changes + at);
             const Right right = {w->changes + at, BLOCK, SIDE, SIDE, 1, 1};
-            lay_panel(&right, 0, a->parts, w->panels + (block * all + step) * unit);
+            lay_all(&right, a->parts, w->panels + (block * all + step) * unit);
         }
         const size on = blocks - first, of = blocks * unit;
         add_to(a, w->dv + key * a->width, w->powers + first * SIDE, on, w->left, w->g_along + first * unit, of);

@@ -60,7 +60,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     """Output and the logarithms of the sums ``[rows, heads, queries]``; keys and values may have fewer heads."""
     output, logs = _forward_shapes(query)
     sizes = _sizes(query, key)
-    work = tiles.work(query, "attention_work", *sizes[3:])
+    work = tiles.work(query, "attention_work", sizes[3:])
     tiles.function("attention", "ps" * 4 + "p" + "n" * 6 + "ifpnii")(
         *_told(query, key, value, output),
         address(logs),
@@ -91,7 +91,7 @@ def attention_backward(
     """Of query, key and value."""
     made = _backward_shapes(query, key, value)
     sizes = _sizes(query, key)
-    work = tiles.work(query, "attention_work", *sizes[3:])
+    work = tiles.work(query, "attention_work", sizes[3:])
     tiles.function("attention_backward", "ps" * 5 + "p" + "ps" * 3 + "n" * 6 + "ifpnii")(
         *_told(query, key, value, output, gradient), address(logs), *_told(*made), *sizes, causal, scale, address(work),
         work.shape[1], tiles.PARTS[query.dtype], len(work),

@@ -96,7 +96,7 @@ def low_rank_linears(
     h, *ys = made
     width = x.shape[-1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
-    work = tiles.work(x, "products_work", width + max(places(a)))
+    work = tiles.work(x, "products_work", [width + max(places(a))], x.dtype == torch.float32)
     tiles.function("low_rank_linears", "pnnipppppppppnppnii")(
         address(x), len(h), width, len(weights), _all(weights), _all(biases), _all(a), _all(b), wide, outs,
         ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1],
@@ -142,7 +142,7 @@ def low_rank_linears_backward(
     rows, width = len(h), weights[0].shape[1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
     dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], tiles.padded(rows))
-    work = tiles.work(h, "products_work", max(sum(outs) + h.shape[1], tiles.padded(rows)))
+    work = tiles.work(h, "products_work", [max(sum(outs) + h.shape[1], tiles.padded(rows))], h.dtype == torch.float32)
     tiles.function("low_rank_linears_backward", "pnnippppppppnpppppppnii")(
         address(x), rows, width, len(weights), _all(weights), _all(a), _all(b), wide, outs, ranks, factors, address(h),
         h.shape[1], _all(dys), address(dh), address(turned), address(dx), address(da), _all(dbs), address(work),

@@ -106,19 +106,21 @@ static void narrow_across(const Right *r, size column, bfloat16 *to) {
         }
 }
 
-static void narrow_along(const Right *r, size column, bfloat16 *to) {
+static void narrow_along(const Right *r, size column, size panels, size of_panel, bfloat16 *to) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (size pair = 0; pair < 16 * steps_of(r->depth); pair++) {
-        __m512i rows[2];
-        for (int i = 0; i < 2; i++)
-            rows[i] = narrow_row(place(r->at, (2 * pair + i) * r->of_at + column, r->wide), r->wide,
-                                 2 * pair + i < r->depth ? r->columns - column : 0);
-        bfloat16 *tile = to + pair / 16 * STEP + pair % 16 * 32;
-        _mm512_storeu_si512(tile, _mm512_permutex2var_epi16(rows[0], low, rows[1]));
-        _mm512_storeu_si512(tile + TILE, _mm512_permutex2var_epi16(rows[0], high, rows[1]));
-    }
+    for (size pair = 0; pair < 16 * steps_of(r->depth); pair++)
+        for (size panel = 0; panel < panels; panel++) {
+            const size first = column + SIDE * panel;
+            __m512i rows[2];
+            for (int i = 0; i < 2; i++)
+                rows[i] = narrow_row(place(r->at, (2 * pair + i) * r->of_at + first, r->wide), r->wide,
+                                     2 * pair + i < r->depth ? r->columns - first : 0);
+            bfloat16 *tile = to + panel * of_panel + pair / 16 * STEP + pair % 16 * 32;
+            _mm512_storeu_si512(tile, _mm512_permutex2var_epi16(rows[0], low, rows[1]));
+            _mm512_storeu_si512(tile + TILE, _mm512_permutex2var_epi16(rows[0], high, rows[1]));
+        }
 }
 
 static void float_across(const Right *r, size column, bfloat16 *to) {
@@ -136,30 +138,30 @@ static void float_across(const Right *r, size column, bfloat16 *to) {
         }
 }
 
-static void float_along(const Right *r, size column, bfloat16 *to) {
-    const __mmask32 there = first_of(r->columns - column);
+static void float_along(const Right *r, size column, size panels, size of_panel, bfloat16 *to) {
     for (size pair = 0; pair < 16 * steps_of(r->depth); pair++) {
         const size row = pair / 16 * SIDE + pair % 16;
         const float *from = (const float *)r->at + row * r->of_at + column;
-        for (int half = 0; half < 2; half++, from += 16) {
-            const __mmask16 some = (__mmask16)(there >> 16 * half);
+        for (size half = 0; half < 2 * panels; half++, from += 16) {
+            const __mmask16 there = (__mmask16)first_of(least(r->columns - column - 16 * half, 16));
+            bfloat16 *tile = to + half / 2 * of_panel + pair / 16 * FLOAT_PARTS * STEP + half % 2 * TILE + pair % 16 * 32;
             __m512i found[FLOAT_PARTS];
-            parts_of(_mm512_maskz_loadu_ps(row < r->depth ? some : 0, from),
-                     _mm512_maskz_loadu_ps(row + 16 < r->depth ? some : 0, from + 16 * r->of_at), found);
-            for (int part = 0; part < FLOAT_PARTS; part++)
-                _mm512_storeu_si512(to + (pair / 16 * FLOAT_PARTS + part) * STEP + half * TILE + pair % 16 * 32,
-                                    found[part]);
+            parts_of(_mm512_maskz_loadu_ps(row < r->depth ? there : 0, from),
+                     _mm512_maskz_loadu_ps(row + 16 < r->depth ? there : 0, from + 16 * r->of_at), found);
+            for (int part = 0; part < FLOAT_PARTS; part++) _mm512_storeu_si512(tile + part * STEP, found[part]);
         }
     }
 }
 
-/* 32 columns of a right, from the given one on; what is beyond its ends is nought. Gives what follows. */
-static bfloat16 *lay_panel(const Right *r, size column, int parts, bfloat16 *to) {
-    if (parts == NARROW_PARTS)
-        (r->by_depth ? narrow_along : narrow_across)(r, column, to);
+/* Panels of a right from the given column on, each so far from the one before; what is beyond its ends is nought. Rights
+   by depth are read row by row. */
+static void lay_panels(const Right *r, size column, size panels, int parts, size of_panel, bfloat16 *to) {
+    const int narrow = parts == NARROW_PARTS;
+    if (r->by_depth)
+        (narrow ? narrow_along : float_along)(r, column, panels, of_panel, to);
     else
-        (r->by_depth ? float_along : float_across)(r, column, to);
-    return to + steps_of(r->depth) * parts * STEP;
+        for (size panel = 0; panel < panels; panel++)
+            (narrow ? narrow_across : float_across)(r, column + SIDE * panel, to + panel * of_panel);
 }
 
 /* 32 rows of a left, or where it stands how these are loaded: from a row to the next, to the 16 below, to the next 32 of

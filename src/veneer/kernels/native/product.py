@@ -13,22 +13,22 @@ from veneer.kernels.native.operations import address, operation
 
 
 def suits(x: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether there is a compiled form for these: all of float32, on a processor with tiles, right and bias dense.
-
-    In bfloat16 torch's products are as fast.
-    """
+    """Whether there is a compiled form for these: all of float32, or of bfloat16 and x as wide as a multiple of 32; on a
+    processor with tiles, right and bias dense."""
     given = [x, right] if bias is None else [x, right, bias]
-    usual = all(each.device.type == "cpu" and tiles.ordinary(each) and each.dtype == torch.float32 for each in given)
-    return usual and all(each.is_contiguous() for each in given[1:]) and x.numel() > 0 and tiles.there()
+    usual = all(each.device.type == "cpu" and tiles.ordinary(each) and each.dtype == x.dtype for each in given)
+    fit = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.shape[-1] % tiles.SIDE == 0)
+    return usual and fit and all(each.is_contiguous() for each in given[1:]) and x.numel() > 0 and tiles.there()
 
 
 @operation("product(Tensor x, Tensor right, Tensor? bias, bool by_depth, Tensor(a!) y) -> ()", lambda *args: None)
 def product(x: Tensor, right: Tensor, bias: Tensor | None, by_depth: bool, y: Tensor) -> None:
-    """``x rightᵀ + bias``, or ``x right`` by depth, into y; x ``[…, depth]`` and y ``[…, columns]`` are dense."""
-    depth, columns = x.shape[-1], y.shape[-1]
-    work = tiles.work(x, "products_work", tiles.padded(depth))
-    tiles.function("product", "pnnpnipppnii")(
-        address(x), x.numel() // depth, depth, address(right), columns, by_depth, address(bias), address(y),
+    """``x rightᵀ + bias``, or ``x right`` by depth, into y; x ``[…, depth]`` and y ``[…, columns]`` are dense, y may be
+    float32 where the others are not."""
+    depth, columns, wide = x.shape[-1], y.shape[-1], y.dtype == torch.float32
+    work = tiles.work(x, "products_work", [tiles.padded(depth)], wide)
+    tiles.function("product", "pnnpnippipnii")(
+        address(x), x.numel() // depth, depth, address(right), columns, by_depth, address(bias), address(y), wide,
         address(work), work.shape[1], tiles.PARTS[x.dtype], len(work),
     )  # fmt: skip
 

@@ -3,14 +3,14 @@
    A product is a sum of terms, each left [rows, depth] times right, which is [columns, depth] or [depth, columns].
    Nothing is rounded before all is added up. Lefts of bfloat16 are read where they are, their depth being a multiple of
    32 with noughts beyond that of the right; those of float are laid out when they are needed. As many panels as fit
-   caches are laid out at once; float, whose parts take more room, is gone through some of its depth at a time.
+   caches are laid out at once; where what is given is float, some of the depth is gone through at a time.
    Threads share out panels, or rows where there are few panels. */
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { TERMS = 16, CHUNK = 24 };                   /* steps of depth of float that are gone through at once */
-enum { RIGHTS = 576 << 10, LEFTS = 256 << 10 }; /* numbers that are laid out, and multiplied with these, at once */
+enum { TERMS = 16, CHUNK = 72 }; /* steps of depth, times parts, that are gone through at once where sums are float */
+enum { RIGHTS = 576 << 10 };      /* numbers that are laid out at once */
 
 /* What is called of_... is the stride of that array's rows, counted in numbers. */
 typedef struct {
@@ -184,28 +184,23 @@ static void take_rows(const Product *p, size row, Left *lefts, bfloat16 *to) {
 /* Some rows and panels of a product. Work has room for the panels laid out at once, and for one more. */
 static void part(const Product *p, size first_row, size last_row, size first_panel, size last_panel, bfloat16 *work) {
     if (first_row >= last_row || first_panel >= last_panel) return;
-    Left lefts[TERMS], last[TERMS];
-    const int narrow = p->parts == NARROW_PARTS;
-    const size of_panel = steps_of_all(p) * p->parts * STEP, whole = p->rows / SIDE * SIDE;
+    const size of_panel = steps_of_all(p) * p->parts * STEP;
     const size many = last_panel - first_panel, most = RIGHTS / of_panel > 1 ? RIGHTS / of_panel : 1;
     const size times = (many + most - 1) / most, panels = (many + times - 1) / times;
-    const size rows = narrow && LEFTS / of_panel > 1 ? LEFTS / of_panel * SIDE : SIDE;
-    bfloat16 *room = work + panels * of_panel;
+    Left lefts[TERMS];
     float block[SIDE * SIDE] __attribute__((aligned(64)));
-    if (narrow && last_row > whole) take_rows(p, whole, last, room);
     for (size panel = first_panel; panel < last_panel; panel += panels) {
         const size end = least(panel + panels, last_panel);
         bfloat16 *to = work;
-        for (size each = panel; each < end; each++)
-            for (int i = 0; i < p->count; i++) to = lay_panel(&p->terms[i].right, each * SIDE, p->parts, to);
-        for (size begin = first_row; begin < last_row; begin += rows)
-            for (size each = panel; each < end; each++)
-                for (size row = begin; row < least(last_row, begin + rows); row += SIDE) {
-                    const int shared = narrow && row >= whole;
-                    if (narrow ? !shared : each == panel) take_rows(p, row, lefts, room);
-                    multiply(shared ? last : lefts, p->count, work + (each - panel) * of_panel, p->parts, block);
-                    put(p, block, row, each * SIDE);
-                }
+        for (int i = 0; i < p->count; to += steps_of(p->terms[i++].right.depth) * p->parts * STEP)
+            lay_panels(&p->terms[i].right, panel * SIDE, end - panel, p->parts, of_panel, to);
+        for (size row = first_row; row < last_row; row += SIDE) {
+            take_rows(p, row, lefts, work + panels * of_panel);
+            for (size each = panel; each < end; each++) {
+                multiply(lefts, p->count, work + (each - panel) * of_panel, p->parts, block);
+                put(p, block, row, each * SIDE);
+            }
+        }
     }
 }
 
@@ -220,7 +215,7 @@ static Product some_of(const Product *p, size first, size last) {
         Right *right = &term.right;
         const size steps = steps_of(right->depth), from = SIDE * (first > 0 ? first : 0);
         if (first < steps && last > 0) {
-            term.left = place(term.left, from, 1);
+            term.left = place(term.left, from, p->parts > NARROW_PARTS);
             right->at = place(right->at, right->by_depth ? from * right->of_at : from, right->wide);
             right->depth = least(right->depth, SIDE * last) - from;
             some.terms[some.count++] = term;
@@ -231,9 +226,14 @@ static Product some_of(const Product *p, size first, size last) {
     return some;
 }
 
-/* Numbers of work that a thread needs for products of this depth, all terms together, each padded to 32. */
-size products_work(size depth, int parts) {
-    const size steps = parts == NARROW_PARTS ? depth / SIDE : least(depth / SIDE, CHUNK), panel = steps * parts * STEP;
+static inline size chunks_of(size steps, int parts, int wide) {
+    return wide ? (steps * parts + CHUNK - 1) / CHUNK : 1;
+}
+
+/* Numbers of work that a thread needs for products of this depth, all terms together, each padded to 32; wide: all that
+   give float. */
+size products_work(size depth, int parts, int wide) {
+    const size steps = wide ? least(depth / SIDE, CHUNK / parts) : depth / SIDE, panel = steps * parts * STEP;
     return (RIGHTS > panel ? RIGHTS : panel) + panel;
 }
 
@@ -246,7 +246,7 @@ static void share(const Product *products, int count, int thread, int threads, b
     for (int i = 0; i < count; i++) {
         const Product *p = &products[i];
         const size own = steps_of(p->columns), blocks = steps_of(p->rows), steps = steps_of_all(p);
-        const size chunks = p->parts == NARROW_PARTS ? 1 : (steps + CHUNK - 1) / CHUNK;
+        const size chunks = chunks_of(steps, p->parts, p->wide);
         for (size chunk = 0; chunk < chunks; chunk++) {
             const Product some = some_of(p, steps * chunk / chunks, steps * (chunk + 1) / chunks);
             if (by_rows)
@@ -260,11 +260,10 @@ static void share(const Product *products, int count, int thread, int threads, b
     }
 }
 
-/* y = x right' + bias, or x right where that is [depth, columns]. */
+/* y = x right' + bias, or x right where that is [depth, columns]; y may be wide where the others are not. */
 void product(const void *x, size rows, size depth, const void *right, size columns, int by_depth, const void *bias,
-             void *y, bfloat16 *work, size of_work, int parts, int threads) {
-    const int wide = parts == FLOAT_PARTS;
-    const Term term = {x, depth, {right, by_depth ? columns : depth, depth, columns, wide, by_depth}};
+             void *y, int wide, bfloat16 *work, size of_work, int parts, int threads) {
+    const Term term = {x, depth, {right, by_depth ? columns : depth, depth, columns, parts == FLOAT_PARTS, by_depth}};
     const Product only = {{term}, 1, parts, rows, columns, y, columns, wide, .bias = bias, .scale = 1};
 #pragma omp parallel num_threads(threads)
     {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ def padded(width: int) -> int:
     return -(-width // SIDE) * SIDE
 
 
-def work(like: Tensor, name: str, *sizes: int) -> Tensor:
-    """Room for what each thread lays out of such numbers, as much as the function of this name says."""
-    room = function(name, "n" * len(sizes) + "i")(*sizes, PARTS[like.dtype])
+def work(like: Tensor, name: str, sizes: Sequence[int], *more: int) -> Tensor:
+    """Room for what each thread lays out of such numbers, as much as the function of this name says; it is told sizes,
+    parts and what more there is."""
+    kinds = "n" * len(sizes) + "i" * (1 + len(more))
+    room = function(name, kinds)(*sizes, PARTS[like.dtype], *more)
     return like.new_empty(torch.get_num_threads(), room, dtype=torch.bfloat16)
