@@ -264,15 +264,24 @@ def test_low_rank_of_other_maps_is_left_to_torch() -> None:
 
 @tiled
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("rows", "width", "out"), [((3, 41), 160, 96), ((5,), 37, 50), ((300,), 1000, 700)])
-def test_frozen(rows: tuple[int, ...], width: int, out: int, biased: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "rows", "width", "out"),
+    [
+        (torch.float32, (3, 41), 160, 96),
+        (torch.float32, (5,), 37, 50),
+        (torch.float32, (300,), 1000, 700),
+        (torch.bfloat16, (3, 41), 160, 96),
+        (torch.bfloat16, (300,), 992, 704),
+    ],
+)
+def test_frozen(rows: tuple[int, ...], width: int, out: int, biased: bool, dtype: torch.dtype) -> None:
     """Widths that fill no tile, and some that are gone through in parts."""
-    weight, bias = (numbers(out, width, seed=1) / width**0.5).float(), numbers(out, seed=2).float()
+    weight, bias = (numbers(out, width, seed=1) / width**0.5).to(dtype), numbers(out, seed=2).to(dtype)
 
     def run(x: Tensor) -> Tensor:
         return frozen_linear(x, weight.to(x.dtype), bias.to(x.dtype) if biased else None)
 
-    as_near(run, [numbers(*rows, width)], torch.float32, "product")
+    as_near(run, [numbers(*rows, width)], dtype, "product")
 
 
 @tiled
@@ -286,6 +295,8 @@ def test_frozen_of_other_maps_is_left_to_torch() -> None:
             frozen_linear(x, numbers(64, 32).float().copy_(weight.T).T, bias),
         ]
         frozen_linear(x[:0], weight, bias)
+        frozen_linear(x.bfloat16()[:, :20], weight.bfloat16()[:, :20].contiguous(), None)
+        frozen_linear(x.bfloat16(), torch.zeros(8160, 64, dtype=torch.bfloat16), None)
         with pytest.raises(RuntimeError, match="shape"):
             frozen_linear(x[:, :32], weight, bias)
         with native.plain():
@@ -370,6 +381,15 @@ def test_rotary(dtype: torch.dtype, rows: int) -> None:
         with native.plain():
             plain = turned(x)
         assert torch.equal(turned(x), plain)
+
+
+@tiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_by_tiles(dtype: torch.dtype) -> None:
+    """Of a vocabulary that is summed part by part."""
+    targets = torch.randint(0, 5024, (40,), generator=torch.Generator().manual_seed(3))
+    inputs = [3 * numbers(40, 64), numbers(5024, 64, seed=1)]
+    as_near(lambda h, w: cross_entropy_sum(h, w, None, targets)[0][None], inputs, dtype, "cross_entropy", "product")
 
 
 @compiled

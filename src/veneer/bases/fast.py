@@ -4,7 +4,7 @@
     RMS norms       two tensors kept for the backward, not six     `veneer.kernels.rms_norm`
     gated layers    the gate's activation computed again           `veneer.kernels.gated`
     rotary          fewer passes, nothing kept                     `veneer.kernels.rotary`
-    linear maps     float32 by tiles, where nothing is learned     `veneer.kernels.frozen`
+    linear maps     by tiles, where nothing is learned             `veneer.kernels.frozen`
 
 A module is taken for one of these if it is built like one and, tried once a class, the plain form computes the very
 same numbers; what is compiled of it (`veneer.kernels.native`) is as near to the exact ones.

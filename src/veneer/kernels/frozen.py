@@ -1,4 +1,4 @@
-"""A linear map that learns nothing: in float32 by tiles, where a processor has them (`native/products.h`).
+"""A linear map that learns nothing, by tiles where a processor has them (`native/products.h`).
 
 y = x Wᵀ + b,     dx = dy W
 """
@@ -15,10 +15,15 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels.native import product
 
 
+_WIDTHS = 8192
+"""In and out together in bfloat16, beyond which torch's products are as fast."""
+
+
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x ``[…, in]``, weight ``[out, in]``, bias ``[out]``; torch's where something learns or there is no other form."""
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
     fit = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    fit = fit and (weight.dtype == torch.float32 or sum(weight.shape) <= _WIDTHS)
     if fit and not learned and not torch.is_autocast_enabled(x.device.type) and product.suits(x, weight, bias):
         result: Tensor = _Frozen.apply(x, weight, bias)
         return result

@@ -19,7 +19,8 @@ from veneer.kernels.native.operations import address, operation
 
 _MAPS = 8
 _WIDTHS = 8192
-"""Of the input and all outputs together, beyond which other products are as fast."""
+"""Of the input and all outputs together in bfloat16, beyond which other products are as fast; of each in float32, for
+which there is so much room."""
 
 
 def suits(
@@ -44,7 +45,8 @@ def _fit(
     width: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
     outs, ranks = [len(each) for each in weights], [len(each) for each in a]
-    even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and width + sum(outs) <= _WIDTHS
+    wide = max(width, *outs) if weights[0].dtype == torch.float32 else width + sum(outs)
+    even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and wide <= _WIDTHS
     shapes = zip(weights, biases, a, b, outs, ranks, strict=True)
     return even and all(
         weight.shape == (out, width)
