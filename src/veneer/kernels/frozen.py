@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels.native import product
 
-
 _WIDTHS = 8192
 """In and out together in bfloat16, beyond which torch's products are as fast."""
 
