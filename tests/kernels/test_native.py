@@ -121,7 +121,7 @@ def changed(weights: Sequence[Tensor], biases: Sequence[Tensor | None], wide: bo
     return run
 
 
-OUTS, RANKS = (64, 32, 96), (16, 3, 40)
+OUTS, RANKS = (64, 32, 96), (16, 3, 40)  # the last by tiles in float32, too
 
 
 @tiled
@@ -148,9 +148,10 @@ def test_low_rank_in_several_panels_at_once(dtype: torch.dtype) -> None:
 
 @tiled
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [16, 33])
 @pytest.mark.parametrize("threads", [1, 3, 7])
-def test_low_rank_is_the_same_by_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
-    inputs = [numbers(100, 64).to(dtype), numbers(16, 64, seed=1).to(dtype), numbers(352, 16, seed=2).to(dtype)]
+def test_low_rank_is_the_same_by_any_number_of_threads(threads: int, rank: int, dtype: torch.dtype) -> None:
+    inputs = [numbers(100, 64).to(dtype), numbers(rank, 64, seed=1).to(dtype), numbers(352, rank, seed=2).to(dtype)]
     run, before, found = changed(*maps(1, 64, [352])), torch.get_num_threads(), []
     try:
         for count in (2, threads):
@@ -285,6 +286,16 @@ def test_frozen(rows: tuple[int, ...], width: int, out: int, biased: bool, dtype
 
 
 @tiled
+def test_frozen_keeps_rows_apart() -> None:
+    """Also where what comes back fills no tile."""
+    x, weight = numbers(32, 64).float().requires_grad_(), numbers(50, 64, seed=1).float()
+    gradient = torch.ones(32, 50)
+    gradient[1, 0] = float("inf")
+    (dx,) = torch.autograd.grad(frozen_linear(x, weight, None), x, gradient)
+    assert dx.isfinite().all(1).nonzero().flatten().tolist() == [0, *range(2, 32)]
+
+
+@tiled
 def test_frozen_of_other_maps_is_left_to_torch() -> None:
     x, weight, bias = numbers(3, 64).float().requires_grad_(), numbers(32, 64).float(), numbers(32).float()
     expected = F.linear(x, weight, bias)
@@ -297,6 +308,7 @@ def test_frozen_of_other_maps_is_left_to_torch() -> None:
         frozen_linear(x[:0], weight, bias)
         frozen_linear(x.bfloat16()[:, :20], weight.bfloat16()[:, :20].contiguous(), None)
         frozen_linear(x.bfloat16(), torch.zeros(8160, 64, dtype=torch.bfloat16), None)
+        frozen_linear(x.bfloat16(), torch.zeros(50, 64, dtype=torch.bfloat16), None)
         with pytest.raises(RuntimeError, match="shape"):
             frozen_linear(x[:, :32], weight, bias)
         with native.plain():
@@ -390,6 +402,22 @@ def test_cross_entropy_by_tiles(dtype: torch.dtype) -> None:
     targets = torch.randint(0, 5024, (40,), generator=torch.Generator().manual_seed(3))
     inputs = [3 * numbers(40, 64), numbers(5024, 64, seed=1)]
     as_near(lambda h, w: cross_entropy_sum(h, w, None, targets)[0][None], inputs, dtype, "cross_entropy", "product")
+
+
+@compiled
+def test_cross_entropy_of_states_that_lie_otherwise_or_do_not_fit() -> None:
+    targets, weight = torch.arange(40), numbers(300, 64, seed=1).float()
+    turned = numbers(64, 40).float().T.requires_grad_()
+    dense = turned.detach().contiguous().requires_grad_()
+    found = [
+        torch.autograd.grad(cross_entropy_sum(each, weight, None, targets)[0], each)[0] for each in (turned, dense)
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(RuntimeError, match="shape"):
+        cross_entropy_sum(dense, weight[:, :32].contiguous(), None, targets)
+    loss, hits = cross_entropy_sum(dense[:0], weight, None, targets[:0])
+    assert loss == 0
+    assert hits == 0
 
 
 @compiled

@@ -144,9 +144,10 @@ def test_faster_forms_compute_the_same(family: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.slow) for f in FAMILIES])
-def test_forms_in_c_round_no_worse(family: str) -> None:
-    """Outputs and gradients of bfloat16 with and without `veneer.kernels.native`, beside those of float64; of several
-    adapters, as errors of the few outputs of one differ by up to three times with what happens to be rounded up."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forms_in_c_round_no_worse(dtype: torch.dtype, family: str) -> None:
+    """Outputs and gradients with and without `veneer.kernels.native`, beside those of float64; of several adapters, as
+    errors of the few outputs of one differ by up to three times with what happens to be rounded up."""
     if family in ("mixtral", "plain", "xlnet"):
         pytest.skip("can't: experts change with the rounding" if family == "mixtral" else "can't: none of them is used")
     if not native.there():
@@ -156,13 +157,15 @@ def test_forms_in_c_round_no_worse(family: str) -> None:
         adapter = attached("lora", FAMILIES[family])
         adapter.eval()
         perturb(adapter, std=0.05, seed=seed)
-        adapter.base.model.bfloat16()
-        adapter.bfloat16()
+        adapter.base.model.to(dtype)
+        adapter.to(dtype)
         with native.plain():
-            exact, plain = (computed(adapter, family, dtype) for dtype in (torch.double, torch.bfloat16))
+            exact, plain = (computed(adapter, family, each) for each in (torch.double, dtype))
         with Called() as called:
-            ours = computed(adapter, family, torch.bfloat16)
-        assert called.names >= COMPILED.get(family, set())
+            ours = computed(adapter, family, dtype)
+        if dtype == torch.float32 and not called.names:
+            pytest.skip("can't: none of them is used without tiles (AMX)")
+        assert called.names >= COMPILED.get(family, set()) - ({"change"} if dtype == torch.float32 else set())
         assert called.names
         ratios += [(o - e).norm() / (p - e).norm() for e, o, p in zip(exact, ours, plain, strict=True)]
     assert torch.stack(ratios).log().mean().exp() <= 1.5

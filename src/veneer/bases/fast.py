@@ -169,8 +169,8 @@ def _recognised(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
                 yield module, functools.partial(turned, module)
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return frozen_linear(x, module.weight, module.bias)
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    return frozen_linear(input, module.weight, module.bias)
 
 
 def _with_rotary(kind: type[nn.Module]) -> Forward | None:

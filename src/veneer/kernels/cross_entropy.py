@@ -64,7 +64,7 @@ class _CrossEntropySum(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if learned[1] else None
         d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if learned[2] else None
         most = max(_PRODUCT // len(weight), 16)
-        rows = math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1))  # about as many in each
+        rows = max(math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1)), 1)  # about as many in each
         few = min(max(_CACHED // len(weight), 1), rows)
         # Written to again and again: fresh memory of this size costs more than what is computed in it.
         room = hidden.new_empty(rows, len(weight))
@@ -107,8 +107,9 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, y: Tensor, *, by_depth: bool = False) -> Tensor:
     """``x weightᵀ``, or ``x weight`` by depth, in y."""
-    if product.suits(x, weight):
-        given = torch.empty_like(y, dtype=torch.float32) if by_depth else y  # a large vocabulary is summed part by part
+    if product.suits(x, weight, by_depth=by_depth):
+        wide = torch.float32 if by_depth else y.dtype  # a large vocabulary is summed part by part
+        given = y if y.dtype == wide and y.is_contiguous() else y.new_empty(y.shape, dtype=wide)
         product.product(x.contiguous(), weight, None, by_depth, given)
         return y if given is y else y.copy_(given)
     return torch.mm(x, weight if by_depth else weight.t(), out=y)

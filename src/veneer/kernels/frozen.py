@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.native import product
+from veneer.kernels.native import product, tiles
 
 _WIDTHS = 8192
 """In and out together in bfloat16, beyond which torch's products are as fast."""
@@ -21,9 +21,9 @@ _WIDTHS = 8192
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x ``[…, in]``, weight ``[out, in]``, bias ``[out]``; torch's where something learns or there is no other form."""
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
-    fit = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    fit = fit and (weight.dtype == torch.float32 or sum(weight.shape) <= _WIDTHS)
-    if fit and not learned and not torch.is_autocast_enabled(x.device.type) and product.suits(x, weight, bias):
+    back = len(weight) % tiles.SIDE == 0 and sum(weight.shape) <= _WIDTHS  # the gradient is as wide as y
+    fit = not learned and (weight.dtype == torch.float32 or back) and product.suits(x, weight, bias)
+    if fit and not torch.is_autocast_enabled(x.device.type):
         result: Tensor = _Frozen.apply(x, weight, bias)
         return result
     return F.linear(x, weight, bias)

@@ -41,7 +41,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         v = v.contiguous()
-        ctx.save_for_backward(x, v, bias)
+        learned = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if learned else None, v, bias if learned else None)
         y: Tensor = operations.scaled(x.contiguous(), v, bias)
         return y
 

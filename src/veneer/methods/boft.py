@@ -94,7 +94,7 @@ class BOFT(Targeted):
         skew = (q - q.mT) / 2
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(skew)
         rotation = Rotate(torch.linalg.solve(identity + skew, identity - skew, left=False))
-        bias = step.parameters(site).get("bias", torch.zeros((), device=q.device))
+        bias = step.parameters(site).get("bias")
         return Stack((rotation, Scale(parameters["boft_s"].flatten(), bias)))
 
     def to_peft(self, sites: Sequence[Site], site_map: SiteMap) -> dict[str, Any]:

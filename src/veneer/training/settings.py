@@ -49,7 +49,7 @@ class TrainSettings(BaseModel):
     pass_tokens: int | None = Field(None, ge=0)
     """Tokens in a forward pass at most, padding counted: larger batches are computed in parts, which is the same step
     in less memory. 0: whole batches. By default, on processors, 1,024, which are hardly faster with more, or as few as
-    512 where most batches have no more: the few that do would double the memory; whole batches on GPUs."""
+    512 where an average batch has no more: the few that do would double the memory; whole batches on GPUs."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after warm-up."""
     warmup: float = Field(0.05, ge=0)

@@ -219,7 +219,8 @@ static void go_back(const Attention *a, Backward *w, Places q, Places o, Places 
     float scores[SIDE * SIDE] __attribute__((aligned(64))), products[SIDE * SIDE] __attribute__((aligned(64)));
     for (size step = 0; step < last; step++) {
         const size key = step * SIDE, first = a->causal && key > begin ? (key - begin) / SIDE : 0; /* that sees it */
-        const Left k = {w->k + step * steps * unit, 32, TILE, unit, steps}, v = {w->v + step * steps * unit, 32, TILE, unit, steps};
+        const Left k = {w->k + step * steps * unit, 32, TILE, unit, steps};
+        const Left v = {w->v + step * steps * unit, 32, TILE, unit, steps};
         for (size block = first; block < blocks; block++) {
             const size at = block * SIDE;
             multiply(&k, 1, w->q_across + block * steps * unit, a->parts, scores);

@@ -19,8 +19,7 @@ from veneer.kernels.native.operations import address, operation
 
 _MAPS = 8
 _WIDTHS = 8192
-"""Of the input and all outputs together in bfloat16, beyond which other products are as fast; of each in float32, for
-which there is so much room."""
+"""Of the input and all outputs together in bfloat16, beyond which other products are as fast."""
 
 
 def suits(
@@ -45,8 +44,8 @@ def _fit(
     width: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
     outs, ranks = [len(each) for each in weights], [len(each) for each in a]
-    wide = max(width, *outs) if weights[0].dtype == torch.float32 else width + sum(outs)
-    even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and wide <= _WIDTHS
+    few = weights[0].dtype == torch.float32 or width + sum(outs) <= _WIDTHS
+    even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and few
     shapes = zip(weights, biases, a, b, outs, ranks, strict=True)
     return even and all(
         weight.shape == (out, width)
@@ -98,7 +97,7 @@ def low_rank_linears(
     h, *ys = made
     width = x.shape[-1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
-    work = tiles.work(x, "products_work", [width + max(places(a))], x.dtype == torch.float32)
+    work = tiles.work(x, "low_rank_work", [width + max(places(a)), max(width, *outs)])
     tiles.function("low_rank_linears", "pnnipppppppppnppnii")(
         address(x), len(h), width, len(weights), _all(weights), _all(biases), _all(a), _all(b), wide, outs,
         ranks, factors, address(h), h.shape[1], _all(ys), address(work), work.shape[1],
@@ -144,7 +143,8 @@ def low_rank_linears_backward(
     rows, width = len(h), weights[0].shape[1]
     wide, outs, ranks, factors = _maps(weights, a, b, scales)
     dh, turned = torch.empty_like(h), h.new_empty(2 * h.shape[1], tiles.padded(rows))
-    work = tiles.work(h, "products_work", [max(sum(outs) + h.shape[1], tiles.padded(rows))], h.dtype == torch.float32)
+    deepest = max(sum(outs) + h.shape[1], tiles.padded(rows))
+    work = tiles.work(h, "low_rank_work", [deepest, max(width, *outs)])
     tiles.function("low_rank_linears_backward", "pnnippppppppnpppppppnii")(
         address(x), rows, width, len(weights), _all(weights), _all(a), _all(b), wide, outs, ranks, factors, address(h),
         h.shape[1], _all(dys), address(dh), address(turned), address(dx), address(da), _all(dbs), address(work),

@@ -24,6 +24,12 @@ static void turn_all(const void *x, size rows, size of_x, size columns, void *y,
         turn_float(x, rows, of_x, columns, y, of_y, thread, threads);
 }
 
+/* Numbers of work that a thread needs, 16-bit ones: for products of this depth, or a thin one as wide as the widest. */
+size low_rank_work(size depth, size widest, int parts) {
+    const size laid = products_work(depth, parts, parts == FLOAT_PARTS), thin = 2 * SIDE * widest;
+    return parts == FLOAT_PARTS && thin > laid ? thin : laid;
+}
+
 /* h = scale * x A', y = x W' + bias + h B'. */
 void low_rank_linears(const void *x, size rows, size width, int count, const void **weights, const void **biases,
                       const void **a, const void **b, const int *wide, const size *outs, const size *ranks,
@@ -71,10 +77,10 @@ void low_rank_linears_backward(const void *x, size rows, size width, int count, 
     Thin thin_h[TERMS], thin_a[TERMS], thin_b[TERMS];
     Product to_x = {.parts = parts, .rows = rows, .columns = width, .to = dx, .of_to = width, .wide = all_wide,
                     .scale = 1};
-    int laid = 0;
+    int laid = 0; /* whether any is by tiles: these need dh' and h', and give all rows of dA */
     for (size i = 0, at = 0; i < count; at += padded(ranks[i]), i++) {
         const size rank = ranks[i], out = outs[i];
-        void *own = place(dh, at, all_wide), *own_a = place(da, at * width, wide[0]);
+        void *own = place(dh, at, all_wide), *own_a = da ? place(da, at * width, wide[0]) : NULL;
         const Term by_dy = {place(turned, (of_h + at) * places, all_wide), places, {dys[i], out, rows, out, all_wide, 1}};
         const Term by_b = {dys[i], out, {b[i], rank, out, rank, wide[1], 1}};
         to_h[i] = (Product){{by_b}, 1, parts, rows, padded(rank), own, of_h, all_wide, .scale = scales[i]};

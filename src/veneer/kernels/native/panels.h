@@ -3,7 +3,7 @@
    A float is split in three parts, each the nearest bfloat16 of what is missing yet: x = a + b + c, with 8 bits each but
    for the smallest of numbers. Of the nine products of two numbers' parts the six with 2^-16 of the greatest or more are
    added up, the rest being below what float tells apart (Henry, Tang, Heinecke 2019, arXiv:1904.06376, sec. III). What is
-   infinite comes out as no number. A bfloat16 has one part.
+   infinite, or within 2^-9 of the largest float, comes out as no number. A bfloat16 has one part.
 
    Lefts are laid out 32 rows at a time: for each 32 of depth, and each part, two tiles, one below the other. Rights 32
    columns at a time (a panel), two tiles beside each other, in which pairs in depth are beside each other, too: of

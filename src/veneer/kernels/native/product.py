@@ -12,9 +12,12 @@ from veneer.kernels.native import tiles
 from veneer.kernels.native.operations import address, operation
 
 
-def suits(x: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
+def suits(x: Tensor, right: Tensor, bias: Tensor | None = None, *, by_depth: bool = False) -> bool:
     """Whether there is a compiled form for these: all of float32, or of bfloat16 where the width of x is a multiple of
-    32; on a processor with tiles, right and bias dense."""
+    32; on a processor with tiles, right and bias dense; and whether shapes fit."""
+    depth, columns = right.shape if by_depth else right.shape[::-1]
+    if x.shape[-1:] != (depth,) or (bias is not None and bias.shape != (columns,)):
+        return False
     given = [x, right] if bias is None else [x, right, bias]
     usual = all(each.device.type == "cpu" and tiles.ordinary(each) and each.dtype == x.dtype for each in given)
     fit = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and x.shape[-1] % tiles.SIDE == 0)

@@ -101,11 +101,13 @@ static void multiply(const Left *lefts, int count, const bfloat16 *panel, int pa
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int i = 0; i < count; panel += lefts[i++].steps * parts * STEP)
+    for (int i = 0; i < count; i++) {
         if (parts == NARROW_PARTS)
             narrow_steps(&lefts[i], panel);
         else
             float_steps(&lefts[i], panel);
+        panel += lefts[i].steps * parts * STEP;
+    }
     _tile_stored(0, to, 4 * SIDE);
     _tile_stored(1, to + 16, 4 * SIDE);
     _tile_stored(2, to + 16 * SIDE, 4 * SIDE);
@@ -192,8 +194,10 @@ static void part(const Product *p, size first_row, size last_row, size first_pan
     for (size panel = first_panel; panel < last_panel; panel += panels) {
         const size end = least(panel + panels, last_panel);
         bfloat16 *to = work;
-        for (int i = 0; i < p->count; to += steps_of(p->terms[i++].right.depth) * p->parts * STEP)
+        for (int i = 0; i < p->count; i++) {
             lay_panels(&p->terms[i].right, panel * SIDE, end - panel, p->parts, of_panel, to);
+            to += steps_of(p->terms[i].right.depth) * p->parts * STEP;
+        }
         for (size row = first_row; row < last_row; row += SIDE) {
             take_rows(p, row, lefts, work + panels * of_panel);
             for (size each = panel; each < end; each++) {
