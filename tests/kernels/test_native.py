@@ -65,7 +65,9 @@ def errors(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.d
     return [float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs], called.names
 
 
-def as_near(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, *expected: str) -> None:
+def as_near(
+    function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, *expected: str, chance: float = 1e-8
+) -> None:
     """As the plain form is; and the form in C did run."""
     ours, called = errors(function, inputs, dtype)
     assert called >= set(expected)
@@ -73,7 +75,7 @@ def as_near(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.
         plain, called = errors(function, inputs, dtype)
     assert not called
     for mine, other in zip(ours, plain, strict=True):
-        assert mine <= BOUND * other + CHANCE, (ours, plain)
+        assert mine <= BOUND * other + chance, (ours, plain)
 
 
 @compiled
@@ -135,7 +137,8 @@ def test_low_rank(n: int, rows: tuple[int, ...], biased: bool, wide: bool, dtype
     inputs = [numbers(*rows, 160), *(numbers(rank, 160, seed=1) / 13 for rank in RANKS[:n])]
     inputs += [numbers(out, rank, seed=2) for out, rank in zip(OUTS[:n], RANKS[:n], strict=True)]
     run = changed(*maps(n, 160, OUTS, biased), wide)
-    as_near(run, inputs, dtype, "low_rank_linears", "low_rank_linears_backward")
+    few = CHANCE if rows == (1, 1) else 1e-8
+    as_near(run, inputs, dtype, "low_rank_linears", "low_rank_linears_backward", chance=few)
 
 
 @tiled
@@ -358,7 +361,8 @@ def test_scaled(shape: tuple[int, ...], biased: bool, dtype: torch.dtype) -> Non
         own = v.float() if x.dtype != torch.float64 else v
         return scaled(x, own, None if bias is None else bias.to(dtype).to(x.dtype))
 
-    as_near(run, [numbers(*shape), 1 + numbers(shape[-1], seed=1) / 10], dtype, "scaled", "scaled_backward")
+    inputs = [numbers(*shape), 1 + numbers(shape[-1], seed=1) / 10]
+    as_near(run, inputs, dtype, "scaled", "scaled_backward", chance=CHANCE)
     x = numbers(*shape).to(dtype)
     assert torch.equal(run(x, torch.ones(shape[-1])), x)
     given = x.clone().requires_grad_()
@@ -477,7 +481,7 @@ def test_attention_by_tiles(queries: int, keys: int, groups: int, dtype: torch.d
         def attended(*heads: Tensor, causal: bool = causal) -> Tensor:
             return attention(*(each.transpose(1, 2) for each in heads), None, causal, 0.3)
 
-        as_near(attended, inputs, dtype, *TILED)
+        as_near(attended, inputs, dtype, *TILED, chance=CHANCE if keys == 2 else 1e-8)
 
 
 @tiled

@@ -21,6 +21,7 @@ from veneer.bases.weights import stored, weight_of
 from veneer.errors import AdapterError, TargetError
 from veneer.kernels import attention as kernel
 from veneer.kernels import native
+from veneer.kernels.native import tiles
 from veneer.methods import methods
 
 ALWAYS = ("llama", "gpt2", "bert", "t5", "vit", "plain")
@@ -150,6 +151,8 @@ def test_forms_in_c_round_no_worse(dtype: torch.dtype, family: str) -> None:
     errors of the few outputs of one differ by up to three times with what happens to be rounded up."""
     if family in ("mixtral", "plain", "xlnet"):
         pytest.skip("can't: experts change with the rounding" if family == "mixtral" else "can't: none of them is used")
+    if family == "gpt2" and dtype == torch.float32:
+        pytest.skip("can't: none of them is used by maps that are Conv1D, with heads too narrow for tiles")
     if not native.there():
         pytest.skip(f"can't: {native.state()}")
     ratios = []
@@ -163,7 +166,7 @@ def test_forms_in_c_round_no_worse(dtype: torch.dtype, family: str) -> None:
             exact, plain = (computed(adapter, family, each) for each in (torch.double, dtype))
         with Called() as called:
             ours = computed(adapter, family, dtype)
-        if dtype == torch.float32 and not called.names:
+        if dtype == torch.float32 and not called.names and not tiles.there():
             pytest.skip("can't: none of them is used without tiles (AMX)")
         assert called.names >= COMPILED.get(family, set()) - ({"change"} if dtype == torch.float32 else set())
         assert called.names

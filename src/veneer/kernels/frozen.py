@@ -14,14 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels.native import product, tiles
 
-_WIDTHS = 8192
-"""In and out together in bfloat16, beyond which torch's products are as fast."""
-
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x ``[…, in]``, weight ``[out, in]``, bias ``[out]``; torch's where something learns or there is no other form."""
     learned = weight.requires_grad or (bias is not None and bias.requires_grad)
-    back = len(weight) % tiles.SIDE == 0 and sum(weight.shape) <= _WIDTHS  # the gradient is as wide as y
+    back = len(weight) % tiles.SIDE == 0 and sum(weight.shape) <= tiles.WIDTHS  # the gradient is as wide as y
     fit = not learned and (weight.dtype == torch.float32 or back) and product.suits(x, weight, bias)
     if fit and not torch.is_autocast_enabled(x.device.type):
         result: Tensor = _Frozen.apply(x, weight, bias)

@@ -99,7 +99,7 @@ void FORM(scaled)(const NUMBER *x, const float *v, const NUMBER *bias, NUMBER *y
 /* dx, and dv in float: sums by column of dy * (x - bias), of some rows at a time. */
 void FORM(scaled_backward)(const NUMBER *x, const float *v, const NUMBER *bias, const NUMBER *dy, NUMBER *dx, float *dv,
                            size rows, size width, int threads) {
-    enum { COLUMNS = 256, ROWS = 32 };
+    enum { COLUMNS = 256, ROWS = 8 };
     EACH_ROW
     for (size first = 0; first < width; first += COLUMNS) {
         const size many = width - first < COLUMNS ? width - first : COLUMNS;

@@ -18,8 +18,6 @@ from veneer.kernels.native import tiles
 from veneer.kernels.native.operations import address, operation
 
 _MAPS = 8
-_WIDTHS = 8192
-"""Of the input and all outputs together in bfloat16, beyond which other products are as fast."""
 
 
 def suits(
@@ -44,7 +42,7 @@ def _fit(
     width: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> bool:
     outs, ranks = [len(each) for each in weights], [len(each) for each in a]
-    few = weights[0].dtype == torch.float32 or width + sum(outs) <= _WIDTHS
+    few = weights[0].dtype == torch.float32 or width + sum(outs) <= tiles.WIDTHS
     even = all(each % tiles.SIDE == 0 for each in (width, *outs)) and few
     shapes = zip(weights, biases, a, b, outs, ranks, strict=True)
     return even and all(

@@ -14,6 +14,8 @@ from veneer.kernels.native.operations import KINDS
 
 SIDE = 32
 """Rows and columns that are multiplied at a time; depths are multiples of it."""
+WIDTHS = 8192
+"""Of a map in bfloat16, in and out together, beyond which torch's products are as fast."""
 PARTS = {torch.bfloat16: 1, torch.float32: 3}
 """Of dtypes that can be multiplied: as sums of how many bfloat16."""
 
