@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
-from veneer.kernels.native import operations, product
+from veneer.kernels.native import head, operations, product
 from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
+_SUMS = 1 << 20
+"""Numbers of hidden states for which classes are gone through together by tiles."""
 _PRODUCT = 12 << 20
 """Logits in a chunk at most: enough for products to run at full speed."""
 _CACHED = 1_600_000
@@ -58,41 +60,11 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learned: list[bool]
     ) -> tuple[Tensor, Tensor]:
-        wide = wider(hidden.dtype)
-        loss, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
-        d_hidden = torch.empty_like(hidden) if learned[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if learned[1] else None
-        d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if learned[2] else None
-        most = max(_PRODUCT // len(weight), 16)
-        rows = max(math.ceil(len(hidden) / max(math.ceil(len(hidden) / most), 1)), 1)  # about as many in each
-        few = min(max(_CACHED // len(weight), 1), rows)
-        # Written to again and again: fresh memory of this size costs more than what is computed in it.
-        room = hidden.new_empty(rows, len(weight))
-        work = (
-            None
-            if native.suits(hidden) and hidden.dtype == weight.dtype
-            else hidden.new_empty(few, len(weight), dtype=wide)
-        )
-        for place in in_steps(len(hidden), rows):
-            h, t = hidden[place : place + rows], targets[place : place + rows]
-            logits = _product(h, weight, room[: len(h)])
-            if bias is not None:
-                logits += bias
-            if work is None:
-                losses, hits = operations.cross_entropy(logits, t, any(learned))
-                loss += losses.sum()
-                correct += hits.sum()
-            else:
-                for first in in_steps(len(t), few):
-                    own, some = t[first : first + few], logits[first : first + few]
-                    correct += _hits(some, own)
-                    loss += _loss(some, own, work[: len(own)], gradient=any(learned))
-            if d_hidden is not None:
-                _product(logits, weight, d_hidden[place : place + rows], by_depth=True)
-            if d_weight is not None:
-                d_weight += logits.t() @ h
-            if d_bias is not None:
-                d_bias += logits.sum(0, dtype=wide)
+        d_hidden, d_weight, d_bias = None, None, None
+        if head.suits(hidden, weight, bias) and not (learned[1] or learned[2]):
+            loss, correct, d_hidden = _at_once(hidden, weight, bias, targets, gradient=learned[0])
+        else:
+            loss, correct, d_hidden, d_weight, d_bias = _in_chunks(hidden, weight, bias, targets, learned)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
@@ -103,6 +75,64 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, loss: Tensor, correct: Tensor) -> Any:
         saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(None if each is None else (each * loss).to(dtype) for each, dtype in saved), None, None)
+
+
+def _at_once(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, hits and the gradient by hidden states, by tiles, where no logits are written anywhere."""
+    rows = _about_as_many(len(hidden), _SUMS // hidden.shape[1])
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    found = [head.head(h.contiguous(), weight, bias, t, gradient) for h, t in parts]
+    losses, hits, d_hidden = (torch.cat(each) for each in zip(*found, strict=True))
+    return losses.sum(), hits.sum(), d_hidden if gradient else None
+
+
+def _about_as_many(rows: int, most: int) -> int:
+    """In each of as few parts as can be."""
+    parts = max(math.ceil(rows / max(most, 32)), 1)
+    return max(math.ceil(rows / parts), 1)
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learned: list[bool]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, hits and gradients."""
+    wide = wider(hidden.dtype)
+    loss, correct = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
+    d_hidden = torch.empty_like(hidden) if learned[0] else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if learned[1] else None
+    d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if learned[2] else None
+    rows = _about_as_many(len(hidden), _PRODUCT // len(weight))
+    few = min(max(_CACHED // len(weight), 1), rows)
+    # Written to again and again: fresh memory of this size costs more than what is computed in it.
+    room = hidden.new_empty(rows, len(weight))
+    work = (
+        None
+        if native.suits(hidden) and hidden.dtype == weight.dtype
+        else hidden.new_empty(few, len(weight), dtype=wide)
+    )
+    for place in in_steps(len(hidden), rows):
+        h, t = hidden[place : place + rows], targets[place : place + rows]
+        logits = _product(h, weight, room[: len(h)])
+        if bias is not None:
+            logits += bias
+        if work is None:
+            losses, hits = operations.cross_entropy(logits, t, any(learned))
+            loss += losses.sum()
+            correct += hits.sum()
+        else:
+            for first in in_steps(len(t), few):
+                own, some = t[first : first + few], logits[first : first + few]
+                correct += _hits(some, own)
+                loss += _loss(some, own, work[: len(own)], gradient=any(learned))
+        if d_hidden is not None:
+            _product(logits, weight, d_hidden[place : place + rows], by_depth=True)
+        if d_weight is not None:
+            d_weight += logits.t() @ h
+        if d_bias is not None:
+            d_bias += logits.sum(0, dtype=wide)
+    return loss, correct, d_hidden, d_weight, d_bias
 
 
 def _product(x: Tensor, weight: Tensor, y: Tensor, *, by_depth: bool = False) -> Tensor:

@@ -100,7 +100,7 @@ static void attend(const Attention *a, Left q, const bfloat16 *k, const bfloat16
     const size steps = steps_of(a->causal ? least(first + SIDE, a->keys) : a->keys);
     float block[SIDE * SIDE] __attribute__((aligned(64))), shares[SIDE];
     for (size step = 0; step < steps; step++) {
-        multiply(&q, 1, k + step * q.steps * unit, a->parts, block);
+        multiply(&q, 1, k + step * q.steps * unit, a->parts, block, SIDE, 0);
         for (size i = 0; i < many; i++) memcpy(scores + i * room + step * SIDE, block + i * SIDE, SIDE * sizeof *block);
     }
     for (size i = 0; i < many; i++) {
@@ -111,7 +111,7 @@ static void attend(const Attention *a, Left q, const bfloat16 *k, const bfloat16
     }
     const Left p = lay_rows(scores, room, 1, many, SIDE * steps, a->parts, powers);
     for (size column = 0; column < a->width; column += SIDE) {
-        multiply(&p, 1, v + column / SIDE * steps_of(a->keys) * unit, a->parts, block);
+        multiply(&p, 1, v + column / SIDE * steps_of(a->keys) * unit, a->parts, block, SIDE, 0);
         for (size i = 0; i < many; i++) {
             for (size j = 0; j < SIDE; j++) block[i * SIDE + j] *= shares[i];
             keep(o, first + i, column, block + i * SIDE);
@@ -190,7 +190,7 @@ static void add_to(const Attention *a, float *sums, const float *numbers, size s
     float block[SIDE * SIDE] __attribute__((aligned(64)));
     const Left left = lay_rows(numbers, BLOCK, 1, SIDE, SIDE * steps, a->parts, room);
     for (size column = 0; column < a->width; column += SIDE) {
-        multiply(&left, 1, right + column / SIDE * of_panel, a->parts, block);
+        multiply(&left, 1, right + column / SIDE * of_panel, a->parts, block, SIDE, 0);
         for (size i = 0; i < SIDE; i++)
             for (size j = 0; j < SIDE; j++) sums[i * a->width + column + j] += block[i * SIDE + j];
     }
@@ -223,8 +223,8 @@ static void go_back(const Attention *a, Backward *w, Places q, Places o, Places 
         const Left v = {w->v + step * steps * unit, 32, TILE, unit, steps};
         for (size block = first; block < blocks; block++) {
             const size at = block * SIDE;
-            multiply(&k, 1, w->q_across + block * steps * unit, a->parts, scores);
-            multiply(&v, 1, w->g_across + block * steps * unit, a->parts, products);
+            multiply(&k, 1, w->q_across + block * steps * unit, a->parts, scores, SIDE, 0);
+            multiply(&v, 1, w->g_across + block * steps * unit, a->parts, products, SIDE, 0);
             change_of(a, scores, products, w->logs + at, w->dots + at, key, begin + at, w->powers + at, w->changes + at);
             const Right right = {w->changes + at, BLOCK, SIDE, SIDE, 1, 1};
             lay_all(&right, a->parts, w->panels + (block * all + step) * unit);
@@ -237,7 +237,7 @@ static void go_back(const Attention *a, Backward *w, Places q, Places o, Places 
         const size query = begin + block * SIDE, seen = a->causal ? steps_of(least(query + SIDE, a->keys)) : all;
         for (size column = 0; column < a->width; column += SIDE) {
             const Left k = {w->k_turned + column * all * unit / SIDE, 32, TILE, unit, seen};
-            multiply(&k, 1, w->panels + block * all * unit, a->parts, scores);
+            multiply(&k, 1, w->panels + block * all * unit, a->parts, scores, SIDE, 0);
             for (size i = 0; i < SIDE && query + i < a->queries; i++) {
                 for (size j = 0; j < SIDE; j++) products[j] = scores[j * SIDE + i] * a->scale;
                 keep(dq, query + i, column, products);

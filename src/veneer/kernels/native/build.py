@@ -19,7 +19,7 @@ from pathlib import Path
 from veneer.storage import cache_dir, locked
 
 _OPENMP = "-fopenmp"
-_SOURCES = ("native.c", "forms.h", "panels.h", "products.h", "thin.h", "low_rank.h", "attention.h")
+_SOURCES = ("native.c", "forms.h", "panels.h", "products.h", "thin.h", "low_rank.h", "attention.h", "head.h")
 _FLAGS = (
     "-O3",
     "-march=native",

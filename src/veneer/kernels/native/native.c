@@ -127,6 +127,8 @@ static inline float against_of(float x) { return exp_of(-x < 60.0f ? (-x > -60.0
 #include "low_rank.h"
 
 #include "attention.h"
+
+#include "head.h"
 #else
 size products_there(void) { return 0; }
 #endif

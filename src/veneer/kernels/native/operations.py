@@ -193,6 +193,18 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return y
 
 
+def some_class(targets: Tensor, classes: int) -> Tensor:
+    """Targets as C reads them.
+
+    Raises:
+        IndexError: one is none of the classes.
+    """
+    targets = targets.long().contiguous()
+    if not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise IndexError(f"Targets reach from {targets.min()} to {targets.max()}; there are {classes} classes.")
+    return targets
+
+
 def _by_row(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.int64)
 
@@ -204,9 +216,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tens
     Raises:
         IndexError: a target is none of the classes.
     """
-    targets = targets.long().contiguous()
-    if not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise IndexError(f"Targets reach from {targets.min()} to {targets.max()}; there are {logits.shape[1]} classes.")
+    targets = some_class(targets, logits.shape[1])
     losses, hits = _by_row(logits)
     work = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
     tensors = (address(each) for each in (logits, targets, losses, hits, work))

@@ -94,13 +94,22 @@ static inline void float_steps(const Left *laid, const bfloat16 *right) {
     }
 }
 
-/* 32 x 32 numbers. */
-static void multiply(const Left *lefts, int count, const bfloat16 *panel, int parts, float *to) {
+/* 32 x 32 numbers, to rows so far from each other; or added to what is there. */
+static void multiply(const Left *lefts, int count, const bfloat16 *panel, int parts, float *to, size of_to, int onto) {
+    float *below = to + 16 * of_to;
+    const size bytes = 4 * of_to;
     SETTLED;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (onto) {
+        _tile_loadd(0, to, bytes);
+        _tile_loadd(1, to + 16, bytes);
+        _tile_loadd(2, below, bytes);
+        _tile_loadd(3, below + 16, bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (int i = 0; i < count; i++) {
         if (parts == NARROW_PARTS)
             narrow_steps(&lefts[i], panel);
@@ -108,10 +117,10 @@ static void multiply(const Left *lefts, int count, const bfloat16 *panel, int pa
             float_steps(&lefts[i], panel);
         panel += lefts[i].steps * parts * STEP;
     }
-    _tile_stored(0, to, 4 * SIDE);
-    _tile_stored(1, to + 16, 4 * SIDE);
-    _tile_stored(2, to + 16 * SIDE, 4 * SIDE);
-    _tile_stored(3, to + 16 * SIDE + 16, 4 * SIDE);
+    _tile_stored(0, to, bytes);
+    _tile_stored(1, to + 16, bytes);
+    _tile_stored(2, below, bytes);
+    _tile_stored(3, below + 16, bytes);
 }
 
 /* A block whose columns are rows of what is given: they are few, there is no need to be fast. */
@@ -201,7 +210,7 @@ static void part(const Product *p, size first_row, size last_row, size first_pan
         for (size row = first_row; row < last_row; row += SIDE) {
             take_rows(p, row, lefts, work + panels * of_panel);
             for (size each = panel; each < end; each++) {
-                multiply(lefts, p->count, work + (each - panel) * of_panel, p->parts, block);
+                multiply(lefts, p->count, work + (each - panel) * of_panel, p->parts, block, SIDE, 0);
                 put(p, block, row, each * SIDE);
             }
         }
