@@ -14,7 +14,7 @@
 
 static const float LEAST_LOGIT = -3.4028234e38f;
 
-enum { SPLITS = 4, LAID = 320 << 10 }; /* numbers of the weight that are laid out at once, either way */
+enum { SPLITS = 4, LAID = 192 << 10 }; /* numbers of the weight that are laid out at once, either way */
 
 typedef struct {
     const void *x, *weight, *bias;
