@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,9 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import Called
+from native_forms import CHANCE, DTYPES, as_near, compiled, errors, numbers, tiled
 from veneer.kernels import native, native_attention
 from veneer.kernels.attention import attention
-from veneer.kernels.cross_entropy import cross_entropy_sum
 from veneer.kernels.frozen import frozen_linear
 from veneer.kernels.gated import gated
 from veneer.kernels.low_rank import low_rank_linears
@@ -28,15 +25,6 @@ from veneer.kernels.rms_norm import rms_norm
 from veneer.kernels.rotary import rotary
 from veneer.kernels.scaled import scaled
 
-COMPILER = os.environ.get("VENEER_NATIVE") != "0" and sys.platform == "linux" and shutil.which("gcc") is not None
-compiled = pytest.mark.skipif(not COMPILER, reason="there is no gcc, or VENEER_NATIVE=0")
-tiled = pytest.mark.skipif(not COMPILER or not tiles.there(), reason="there are no tiles (AMX)")
-DTYPES = [torch.float32, torch.bfloat16]
-BOUND = 1.1
-"""How much further from the exact result than the plain form."""
-CHANCE = torch.finfo(torch.float32).eps / 2
-"""One rounding: sums of a few numbers are as near as chance has it, whichever way they are added up."""
-
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
@@ -45,37 +33,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def errors(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> tuple[list[float], set[str]]:
-    """How far output and gradients are from those in float64, relative to these, of the same rounded inputs."""
-    rounded = [each.to(dtype) for each in inputs]
-    results = []
-    with Called() as called:
-        for tensors in (rounded, [each.double() for each in rounded]):
-            given = [each.clone().requires_grad_() for each in tensors]
-            output = function(*given)
-            weights = torch.linspace(-1, 1, output.numel()).cos().view(output.shape).to(output.dtype)
-            results.append((output.detach(), *torch.autograd.grad((output * weights).sum(), given)))
-    pairs = zip(*results, strict=True)
-    return [float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs], called.names
-
-
-def as_near(
-    function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, *expected: str, chance: float = 1e-8
-) -> None:
-    """As the plain form is; and the form in C did run."""
-    ours, called = errors(function, inputs, dtype)
-    assert called >= set(expected)
-    with native.plain():
-        plain, called = errors(function, inputs, dtype)
-    assert not called
-    for mine, other in zip(ours, plain, strict=True):
-        assert mine <= BOUND * other + chance, (ours, plain)
 
 
 @compiled
@@ -344,13 +301,6 @@ def test_shapes_that_do_not_fit_are_left_to_the_plain_forms() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("target", [-100, 5])
-def test_a_target_that_is_no_class_is_an_error(target: int) -> None:
-    with pytest.raises(IndexError, match="5 classes"):
-        cross_entropy_sum(numbers(2, 8).float(), numbers(5, 8).float(), None, torch.tensor([0, target]))
-
-
-@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", [(2, 41, 37), (70, 300), (1, 8)])
@@ -397,49 +347,6 @@ def test_rotary(dtype: torch.dtype, rows: int) -> None:
         with native.plain():
             plain = turned(x)
         assert torch.equal(turned(x), plain)
-
-
-@tiled
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy_by_tiles(dtype: torch.dtype) -> None:
-    """Of a vocabulary that is summed part by part."""
-    targets = torch.randint(0, 5024, (40,), generator=torch.Generator().manual_seed(3))
-    inputs = [3 * numbers(40, 64), numbers(5024, 64, seed=1)]
-    as_near(lambda h, w: cross_entropy_sum(h, w, None, targets)[0][None], inputs, dtype, "cross_entropy", "product")
-
-
-@compiled
-def test_cross_entropy_of_states_that_lie_otherwise_or_do_not_fit() -> None:
-    targets, weight = torch.arange(40), numbers(300, 64, seed=1).float()
-    turned = numbers(64, 40).float().T.requires_grad_()
-    dense = turned.detach().contiguous().requires_grad_()
-    found = [
-        torch.autograd.grad(cross_entropy_sum(each, weight, None, targets)[0], each)[0] for each in (turned, dense)
-    ]
-    assert torch.equal(*found)
-    with pytest.raises(RuntimeError, match="shape"):
-        cross_entropy_sum(dense, weight[:, :32].contiguous(), None, targets)
-    loss, hits = cross_entropy_sum(dense[:0], weight, None, targets[:0])
-    assert loss == 0
-    assert hits == 0
-
-
-@compiled
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_entropy(dtype: torch.dtype) -> None:
-    targets = torch.randint(0, 301, (40,), generator=torch.Generator().manual_seed(3))
-    inputs = [3 * numbers(40, 16), numbers(301, 16, seed=1)]
-    as_near(lambda h, w: cross_entropy_sum(h, w, None, targets)[0][None], inputs, dtype, "cross_entropy")
-
-
-@compiled
-def test_hits_are_the_first_of_the_greatest() -> None:
-    logits = torch.tensor([[1.0, 5, 5, 0], [1.0, 5, 5, 0], [7.0, 5, 5, 0], [0.0, 0, 0, 0]])
-    _, hits = operations.cross_entropy(logits.clone(), torch.tensor([1, 2, 0, 3]), False)
-    assert hits.tolist() == [1, 0, 1, 0]
-    kept = logits.clone()
-    operations.cross_entropy(kept, torch.tensor([1, 2, 0, 3]), False)
-    assert torch.equal(kept, logits)
 
 
 MASKS = {

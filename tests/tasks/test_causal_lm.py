@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import veneer
 from helpers import sums, write_jsonl
 from veneer.data import read
 from veneer.errors import DataError
+from veneer.kernels import native
+from veneer.kernels.native import tiles
 from veneer.tasks import output_head
 from veneer.tasks.causal_lm import IGNORED, CausalLM
 
@@ -136,17 +139,21 @@ def test_truncation_is_counted(smollm: veneer.Base) -> None:
         CausalLM(max_length=10).prepare(read(rows[3:4]), smollm.tokenizer)
 
 
-def test_loss_at_labelled_tokens_equals_the_models_own(smollm: veneer.Base) -> None:
-    task = CausalLM()
+@pytest.mark.parametrize("plain", [False, True])
+def test_loss_at_labelled_tokens_equals_the_models_own(plain: bool, smollm: veneer.Base) -> None:
+    task, model = CausalLM(), smollm.model
     examples = [example for row in sums(5) for example in task.encode(row, smollm.tokenizer)]
     batch = task.collate(examples, smollm.tokenizer)
-    with torch.no_grad():
-        outcome = task.outcome(smollm.model, batch)
-        logits = smollm.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad(), native.plain() if plain else contextlib.nullcontext():
+        outcome = task.outcome(model, batch)
+        logits = model(**given).logits
+        if tiles.there():  # which do not round logits to bfloat16
+            logits = model.model(**given).last_hidden_state.float() @ model.lm_head.weight.float().T
     expected = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
     torch.testing.assert_close(outcome.loss / outcome.items, expected, rtol=1e-3, atol=0)
     assert outcome.items == task.items(batch)
-    assert logits.shape[:2] == batch["input_ids"].shape  # the head is whole again
+    assert model(**given).logits.shape[:2] == batch["input_ids"].shape  # the head is whole again
 
 
 def test_a_known_projection_is_not_run_while_the_loss_is_computed(smollm: veneer.Base) -> None:

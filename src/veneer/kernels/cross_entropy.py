@@ -2,9 +2,10 @@
 
     z = h Wᵀ + b,   loss = Σ_i log Σ_v exp z_iv − z_{i,t_i},   ∂loss/∂z = softmax(z) − onehot(t)
 
-Logits live for one chunk of positions only: memory does not grow with their number times the vocabulary. What the
-backward needs is ``∂loss/∂h`` alone (``∂loss/∂W``, ``∂loss/∂b`` where these are trained), which is of the size of h.
-(The trick of doing the backward's work in the forward: Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, §3.2.)
+Logits live for one chunk of positions only, or, by tiles, of a few classes (head.h): memory does not grow with their
+number times the vocabulary. What the backward needs is ``∂loss/∂h`` alone (``∂loss/∂W``, ``∂loss/∂b`` where these are
+trained), which is of the size of h. (The trick of doing the backward's work in the forward: Hsu et al. 2024, Liger
+Kernel, arXiv:2410.10989, §3.2.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
 _SUMS = 1 << 20
-"""Numbers of hidden states for which classes are gone through together by tiles."""
+"""Numbers of hidden states at a time by tiles: the weight is read once for each such part."""
 _PRODUCT = 12 << 20
 """Logits in a chunk at most: enough for products to run at full speed."""
 _CACHED = 1_600_000
@@ -40,7 +41,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
 
     Returns:
         The sum, a float32 scalar with a gradient (float64 for float64 inputs), and the count, without one. Logits are
-        rounded to the dtype of ``hidden``, everything after them is computed in at least float32.
+        rounded to the dtype of ``hidden``, but for those by tiles; everything after them is computed in at least
+        float32.
     """
     learned = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
     if not torch.is_grad_enabled():
@@ -81,11 +83,17 @@ def _at_once(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, hits and the gradient by hidden states, by tiles, where no logits are written anywhere."""
+    loss, correct = hidden.new_zeros((), dtype=torch.float32), targets.new_zeros(())
+    d_hidden = torch.empty_like(hidden) if gradient else None
     rows = _about_as_many(len(hidden), _SUMS // hidden.shape[1])
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    found = [head.head(h.contiguous(), weight, bias, t, gradient) for h, t in parts]
-    losses, hits, d_hidden = (torch.cat(each) for each in zip(*found, strict=True))
-    return losses.sum(), hits.sum(), d_hidden if gradient else None
+    for place in in_steps(len(hidden), rows):
+        h, t = hidden[place : place + rows], targets[place : place + rows]
+        losses, hits, change = head.head(h.contiguous(), weight, bias, t, gradient)
+        loss += losses.sum()
+        correct += hits.sum()
+        if d_hidden is not None:
+            d_hidden[place : place + rows] = change
+    return loss, correct, d_hidden
 
 
 def _about_as_many(rows: int, most: int) -> int:

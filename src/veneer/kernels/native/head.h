@@ -71,6 +71,18 @@ static void weigh(const Head *h, float *logits, size first, size many, size targ
     seen->others += sum;
 }
 
+/* Of 32 rows and classes; of float some depth at a time, as products are. */
+static void logits_of(const Left *x, const bfloat16 *panel, int parts, float *to, size of_to) {
+    const size most = parts == FLOAT_PARTS ? CHUNK / parts : x->steps;
+    float more[SIDE * SIDE] __attribute__((aligned(64)));
+    for (size first = 0; first < x->steps; first += most) {
+        const Left some = {x->at + first * x->next, x->of, x->below, x->next, least(most, x->steps - first)};
+        multiply(&some, 1, panel + first * parts * STEP, parts, first ? more : to, first ? SIDE : of_to, 0);
+        for (size i = 0; first && i < SIDE; i++)
+            for (size j = 0; j < SIDE; j++) to[i * of_to + j] += more[i * SIDE + j];
+    }
+}
+
 /* Some rows and classes. */
 static void head_part(const Head *h, size first_row, size last_row, size first, size last, Seen *seen, float *sums,
                       bfloat16 *work) {
@@ -92,11 +104,9 @@ static void head_part(const Head *h, size first_row, size last_row, size first, 
             const Left x = !wide && rows == SIDE ? (Left){from, h->width, 16 * h->width, SIDE, steps}
                                                  : lay_rows(from, h->width, wide, rows, h->width, parts, laid);
             for (size each = 0; each < steps_of(many); each++)
-                multiply(&x, 1, across + each * panel, parts, logits + SIDE * each, room, 0);
-            for (size i = 0; i < rows; i++) {
+                logits_of(&x, across + each * panel, parts, logits + SIDE * each, room);
+            for (size i = 0; i < rows; i++)
                 weigh(h, logits + i * room, at, many, h->targets[row + i], &seen[row + i], sums + (row + i) * wide_row);
-                memset(logits + i * room + many, 0, (room - many) * sizeof *logits);
-            }
             if (!h->gradient) continue;
             const Left p = lay_rows(logits, room, 1, rows, room, parts, powers);
             for (size each = 0; each < steps; each++)
@@ -146,7 +156,6 @@ void head(const void *x, size rows, size width, const void *weight, size classes
     size by_rows = threads; /* so that all threads have as much to do: threads / gcd(threads, SPLITS) */
     for (int i = 2; i <= SPLITS; i *= 2)
         if (by_rows % 2 == 0) by_rows /= 2;
-    by_rows = least(by_rows, blocks);
 #pragma omp parallel num_threads(threads)
     {
         begin_tiles();
