@@ -17,11 +17,12 @@ from veneer.adapters.files import RECORD
 from veneer.bases.known import KNOWN, Known
 from veneer.cli.steps import steps
 from veneer.errors import ConfigError, UnknownName
+from veneer.kernels.native import tiles
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, bases, plan
 from veneer.planning.advice import advise, learned
 from veneer.planning.bases import _largest
-from veneer.planning.machine import DEVICES, Machine, Rates, machine, parse_size
+from veneer.planning.machine import DEVICES, Machine, Products, Rates, machine, parse_size
 from veneer.planning.request import from_config
 from veneer.tracing import Work
 from veneer.training.progress import size
@@ -251,12 +252,22 @@ def test_devices_without_bfloat16_are_planned_in_float16(tiny: str, device: str,
 
 
 def test_random_numbers_cost_their_own() -> None:
-    rates = Rates(flops=1e12, streamed=1e10, light=1e-10, heavy=2e-10, drawn=5e-9)
+    rates = Rates(Products(flops=1e12, streamed=1e10), light=1e-10, heavy=2e-10, drawn=5e-9)
     place = Machine("a", 0, {"float32": rates}, 0.0, None, measured=True)
     names = {"bernoulli_": 5.0, "native_dropout": 5.0, "rand_like": 5.0, "gelu": 0.2, "mul": 0.1, "rsqrt": 0.2}
     for name, nanoseconds in names.items():
         assert place.seconds({Work(name, 0, 8, 10, torch.float32): 2}) == pytest.approx(20e-9 * nanoseconds)
     assert machine(None, dtypes=(torch.float32,)).rates["float32"].drawn > 0
+
+
+def test_our_own_products_have_their_own_rate() -> None:
+    rates = Rates(Products(1e12, 1e10), 1e-10, 2e-10, 5e-9, ours=Products(2e12, 2e10))
+    place = Machine("a", 0, {"float32": rates}, 0.0, None, measured=True)
+    seconds = [place.seconds({Work("mm", 10**9, 10**6, 10, torch.float32, ours): 1}) for ours in (False, True)]
+    assert seconds == pytest.approx([1.1e-3, 0.55e-3])
+    without = Machine("a", 0, {"float32": replace(rates, ours=None)}, 0.0, None, measured=True)
+    assert without.seconds({Work("mm", 10**9, 10**6, 10, torch.float32, True): 1}) == pytest.approx(1.1e-3)
+    assert (machine().rates["float32"].ours is not None) == tiles.there()
 
 
 def test_a_device_s_figures() -> None:
@@ -271,7 +282,7 @@ def test_a_device_s_figures() -> None:
 def test_this_machine_s_are_measured_once_for_its_threads() -> None:
     found = machine(dtypes=(torch.bfloat16,))
     assert found.measured
-    assert found.rates["float32"].flops > 1e8
+    assert found.rates["float32"].products.flops > 1e8
     assert found.rates["bfloat16"] != found.rates["float32"]
     assert machine().rates["float32"] is found.rates["float32"]
     threads = torch.get_num_threads()

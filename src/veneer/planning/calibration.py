@@ -14,8 +14,10 @@ from functools import cache
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
-from veneer.planning.machine import Machine, Rates
+from veneer.kernels.native import product, tiles
+from veneer.planning.machine import Machine, Products, Rates
 from veneer.training.preflight import available_memory
 
 _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))
@@ -49,28 +51,37 @@ def _name() -> str:
 @cache
 def _rates(dtype: torch.dtype, threads: int) -> Rates:
     """``threads`` is what torch computes with now: with another number rates are others."""
-    rows, seconds = [], []
     with torch.no_grad():
-        for n, width, out in _PRODUCTS:
-            x, weight = torch.randn(n, width).to(dtype), torch.randn(out, width).to(dtype)
-            number = x.element_size()
-            rows.append((2 * n * width * out, number * (n * width + width * out + n * out)))
-            seconds.append(_timed(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)))  # type: ignore[misc]
         a, b = torch.randn(_NUMBERS).to(dtype), torch.randn(_NUMBERS).to(dtype)
         light = _timed(lambda: a * b) / _NUMBERS
         heavy = _timed(lambda: torch.nn.functional.silu(a)) / _NUMBERS
         drawn = _timed(lambda: torch.empty_like(a).bernoulli_(0.9)) / _NUMBERS
-    flops, streamed = _fitted(np.array(rows, float), np.array(seconds))
-    return Rates(flops, streamed, light, max(heavy, light), drawn)
+        theirs = _products(dtype, torch.nn.functional.linear)
+        few = torch.empty(1, tiles.SIDE, dtype=dtype)
+        ours = _products(dtype, _by_tiles) if product.suits(few, few) else None
+    return Rates(theirs, light, max(heavy, light), drawn, ours)
 
 
-def _fitted(work: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+def _by_tiles(x: Tensor, weight: Tensor) -> None:
+    product.product(x, weight, None, False, x.new_empty(len(x), len(weight)))
+
+
+def _products(dtype: torch.dtype, run: Callable[[Tensor, Tensor], object]) -> Products:
+    rows, seconds = [], []
+    for n, width, out in _PRODUCTS:
+        x, weight = torch.randn(n, width).to(dtype), torch.randn(out, width).to(dtype)
+        rows.append((2 * n * width * out, x.element_size() * (n * width + width * out + n * out)))
+        seconds.append(_timed(lambda x=x, weight=weight: run(x, weight)))  # type: ignore[misc]
+    return _fitted(np.array(rows, float), np.array(seconds))
+
+
+def _fitted(work: np.ndarray, seconds: np.ndarray) -> Products:
     """Rate and bandwidth for which the relative errors of all products are least."""
     weighted = work / seconds[:, None]
     costs, *_ = np.linalg.lstsq(weighted, np.ones(len(seconds)), rcond=None)
     if (costs <= 0).any():  # one of both explains all
-        return float((work[:, 0] / seconds).max()), float((work[:, 1] / seconds).max())
-    return float(1 / costs[0]), float(1 / costs[1])
+        return Products(float((work[:, 0] / seconds).max()), float((work[:, 1] / seconds).max()))
+    return Products(float(1 / costs[0]), float(1 / costs[1]))
 
 
 def _timed(run: Callable[[], object]) -> float:

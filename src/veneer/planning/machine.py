@@ -35,22 +35,35 @@ _DRAWN = re.compile(r"dropout|bernoulli|rand|uniform_|normal_|exponential_")
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Of one dtype.
+class Products:
+    """How fast they are.
 
     Attributes:
-        flops: of products, per second.
-        streamed: bytes per second that products read and write.
-        light: seconds a number in sums, products of numbers, copies.
-        heavy: the same in functions such as exp.
-        drawn: seconds a random number, as dropout draws for each it sees; far more than `heavy` on processors.
+        flops: per second.
+        streamed: bytes per second that they read and write.
     """
 
     flops: float
     streamed: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one dtype.
+
+    Attributes:
+        products: torch's.
+        light: seconds a number in sums, products of numbers, copies.
+        heavy: the same in functions such as exp.
+        drawn: seconds a random number, as dropout draws for each it sees; far more than `heavy` on processors.
+        ours: products by veneer's own forms; None where there are none, or nobody measured.
+    """
+
+    products: Products
     light: float
     heavy: float
     drawn: float
+    ours: Products | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class Machine:
     def _seconds(self, work: Work) -> float:
         rates = self.rates.get(str(work.dtype).removeprefix("torch."), self.rates["float32"])
         if work.flops:
-            return self.overhead + work.flops / rates.flops + work.nbytes / rates.streamed
+            products = rates.ours if work.ours and rates.ours else rates.products
+            return self.overhead + work.flops / products.flops + work.nbytes / products.streamed
         if _DRAWN.search(work.name):
             return self.overhead + work.numbers * rates.drawn
         return self.overhead + work.numbers * (rates.heavy if _HEAVY.search(work.name) else rates.light)
@@ -112,7 +126,7 @@ class Device:
         """As a machine to plan for."""
         streamed = self.bandwidth * 1e9 * STREAMED
         rates = {
-            dtype: Rates(peak * 1e12 * REACHED, streamed, *3 * [2.5 * number / streamed])
+            dtype: Rates(Products(peak * 1e12 * REACHED, streamed), *3 * [2.5 * number / streamed])
             for dtype, peak, number in (
                 ("bfloat16", self.teraflops, 2), ("float16", self.teraflops, 2), ("float32", self.teraflops_32, 4)
             )

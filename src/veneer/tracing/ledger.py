@@ -33,6 +33,7 @@ class Work:
         nbytes: read and written.
         numbers: in its greatest tensor.
         dtype: of its first tensor.
+        ours: whether it is of veneer's own forms.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Work:
     nbytes: int
     numbers: int
     dtype: torch.dtype
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Ledger(TorchDispatchMode):
         flops = int(count(*args, **kwargs, out_val=result)) if count is not None else 0
         numbers = max(each.numel() for each in touched)
         nbytes = sum(each.nbytes for each in touched)
-        self.work.append(Work(packet.__name__, flops, nbytes, numbers, (made or read)[0].dtype))
+        dtype, ours = (made or read)[0].dtype, func.namespace == "veneer"
+        self.work.append(Work(packet.__name__, flops, nbytes, numbers, dtype, ours))
 
 
 _aten = torch.ops.aten
