@@ -11,8 +11,10 @@ import torch
 
 import veneer
 from helpers import tiny_llama
+from veneer.kernels import cross_entropy
 from veneer.kernels.attention import attention
 from veneer.kernels.cross_entropy import cross_entropy_sum
+from veneer.kernels.native import tiles
 from veneer.methods import method_class
 from veneer.tasks.causal_lm import CausalLM
 from veneer.tracing import Ledger, shapes_only
@@ -104,8 +106,21 @@ def _looped(short: bool) -> Ledger:
     return ledger
 
 
-def test_two_rounds_tell_of_all() -> None:
+def test_two_rounds_tell_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_SUMS", 200 * 32)
     short, whole = _looped(True), _looped(False)
     assert Counter(short.work) == Counter(whole.work)
     assert short.peaks == whole.peaks
     assert len(short.moments["all"]) < len(whole.moments["all"]) / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_of_the_dtype_they_compute_in(dtype: torch.dtype) -> None:
+    ledger = Ledger()
+    with shapes_only(), ledger, ledger.phase("all", "workspace"):
+        hidden, weight = torch.empty(64, 32, dtype=dtype, requires_grad=True), torch.empty(320, 32, dtype=dtype)
+        cross_entropy_sum(hidden, weight, None, torch.zeros(64, dtype=torch.long))[0].backward()
+    products = [each for each in ledger.work if each.flops]
+    assert products
+    assert {each.dtype for each in products} == {dtype}
+    assert {each.ours for each in products} == {tiles.there()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels import native
-from veneer.kernels.native import head, operations, product
+from veneer.kernels.native import head, operations, product, tiles
 from veneer.kernels.precision import wider
 from veneer.kernels.rounds import in_steps
 
@@ -43,7 +43,12 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
         The sum, a float32 scalar with a gradient (float64 for float64 inputs), and the count, without one. Logits are
         rounded to the dtype of ``hidden``, but for those by tiles; everything after them is computed in at least
         float32.
+
+    Raises:
+        ValueError: there are not as many targets as positions.
     """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"There are {len(hidden)} positions, and targets of shape {tuple(targets.shape)}.")
     learned = [each is not None and each.requires_grad for each in (hidden, weight, bias)]
     if not torch.is_grad_enabled():
         learned = [False, False, False]
@@ -85,10 +90,10 @@ def _at_once(
     """Loss, hits and the gradient by hidden states, by tiles, where no logits are written anywhere."""
     loss, correct = hidden.new_zeros((), dtype=torch.float32), targets.new_zeros(())
     d_hidden = torch.empty_like(hidden) if gradient else None
-    rows = _about_as_many(len(hidden), _SUMS // hidden.shape[1])
+    rows = _about_as_many(len(hidden), _SUMS // tiles.padded(hidden.shape[1]))
     for place in in_steps(len(hidden), rows):
         h, t = hidden[place : place + rows], targets[place : place + rows]
-        losses, hits, change = head.head(h.contiguous(), weight, bias, t, gradient)
+        change, losses, hits = head.head(h.contiguous(), weight, bias, t, gradient)
         loss += losses.sum()
         correct += hits.sum()
         if d_hidden is not None:

@@ -1,4 +1,4 @@
-"""How fast this machine is: a few products and element-wise operations, timed in a second or two.
+"""How fast this machine is: a few products and element-wise operations, timed in some seconds.
 
 They are timed once in each process, and not kept for others: the same processor can be nearly twice as fast an hour
 later.
@@ -22,6 +22,8 @@ from veneer.training.preflight import available_memory
 
 _PRODUCTS = ((1024, 576, 576), (1024, 576, 1536), (1024, 1536, 576), (1024, 576, 16), (1024, 16, 576), (512, 576, 8192))
 """[n, in] × [in, out], as a step has them: whole maps, thin factors, a vocabulary's chunk."""
+_WHOLE = [each for each in _PRODUCTS if min(each) > 16]
+"""Thin ones have forms of their own among ours."""
 _NUMBERS = 1024 * 768
 _ROUNDS = 7
 _MANY = 100
@@ -56,9 +58,9 @@ def _rates(dtype: torch.dtype, threads: int) -> Rates:
         light = _timed(lambda: a * b) / _NUMBERS
         heavy = _timed(lambda: torch.nn.functional.silu(a)) / _NUMBERS
         drawn = _timed(lambda: torch.empty_like(a).bernoulli_(0.9)) / _NUMBERS
-        theirs = _products(dtype, torch.nn.functional.linear)
+        theirs = _products(dtype, _PRODUCTS, torch.nn.functional.linear)
         few = torch.empty(1, tiles.SIDE, dtype=dtype)
-        ours = _products(dtype, _by_tiles) if product.suits(few, few) else None
+        ours = _products(dtype, _WHOLE, _by_tiles) if product.suits(few, few) else None
     return Rates(theirs, light, max(heavy, light), drawn, ours)
 
 
@@ -66,9 +68,11 @@ def _by_tiles(x: Tensor, weight: Tensor) -> None:
     product.product(x, weight, None, False, x.new_empty(len(x), len(weight)))
 
 
-def _products(dtype: torch.dtype, run: Callable[[Tensor, Tensor], object]) -> Products:
+def _products(
+    dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], run: Callable[[Tensor, Tensor], object]
+) -> Products:
     rows, seconds = [], []
-    for n, width, out in _PRODUCTS:
+    for n, width, out in shapes:
         x, weight = torch.randn(n, width).to(dtype), torch.randn(out, width).to(dtype)
         rows.append((2 * n * width * out, x.element_size() * (n * width + width * out + n * out)))
         seconds.append(_timed(lambda x=x, weight=weight: run(x, weight)))  # type: ignore[misc]

@@ -125,13 +125,13 @@ class Device:
     def machine(self, name: str) -> Machine:
         """As a machine to plan for."""
         streamed = self.bandwidth * 1e9 * STREAMED
-        rates = {
-            dtype: Rates(Products(peak * 1e12 * REACHED, streamed), *3 * [2.5 * number / streamed])
-            for dtype, peak, number in (
-                ("bfloat16", self.teraflops, 2), ("float16", self.teraflops, 2), ("float32", self.teraflops_32, 4)
-            )
-            if self.bfloat16 or dtype != "bfloat16"
-        }  # fmt: skip
+        rates = {}
+        for dtype, peak, size in (
+            ("bfloat16", self.teraflops, 2), ("float16", self.teraflops, 2), ("float32", self.teraflops_32, 4)
+        ):  # fmt: skip
+            number = 2.5 * size / streamed
+            if self.bfloat16 or dtype != "bfloat16":
+                rates[dtype] = Rates(Products(peak * 1e12 * REACHED, streamed), number, number, number)
         return Machine(name, self.gigabytes << 30, rates, LAUNCH, self.watts, measured=False)
 
 

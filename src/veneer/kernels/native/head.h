@@ -12,7 +12,7 @@
    Classes are gone through in SPLITS parts, each with sums of its own, whatever threads there are: these share out
    parts, and rows. */
 
-static const float LEAST_LOGIT = -3.4028234e38f;
+#define LEAST_LOGIT -3.4028234e38f
 
 enum { SPLITS = 4, LAID = 192 << 10 }; /* numbers of the weight that are laid out at once, either way */
 
@@ -23,17 +23,25 @@ typedef struct {
     int parts, gradient;
 } Head;
 
-/* Of a row, in a part of the classes. Own is its target's logit, or the least there is. */
+/* Of a row, in a part of the classes. Others is the sum of exponentials but the target's, own the target's logit, or
+   -inf; first the class that is the greatest. */
 typedef struct {
     float greatest, others, own;
     size first;
 } Seen;
+
+static const Seen NOTHING = {LEAST_LOGIT, 0, -INFINITY, 0};
 
 /* Classes that are gone through at once: as many as fit. */
 static size classes_at_once(size width, int parts) {
     const size panels = LAID / (steps_of(width) * parts * STEP);
     return SIDE * (panels > 1 ? panels : 1);
 }
+
+/* Bytes of what is kept of all rows, and numbers of their sums, which are float. */
+size head_seen_work(size rows) { return SPLITS * padded(rows) * sizeof(Seen); }
+
+size head_sums_work(size rows, size width) { return SPLITS * padded(rows) * padded(width); }
 
 /* Numbers of work that a thread needs, 16-bit ones. */
 size head_work(size width, int parts) {
@@ -45,11 +53,8 @@ size head_work(size width, int parts) {
    ones are brought to the same. */
 static void weigh(const Head *h, float *logits, size first, size many, size target, Seen *seen, float *sums) {
     float best = seen->greatest, sum = 0;
-    if (h->bias) {
-        const float *wide = (const float *)h->bias + first;
-        const bfloat16 *narrow = (const bfloat16 *)h->bias + first;
-        for (size i = 0; i < many; i++) logits[i] += h->parts == FLOAT_PARTS ? wide[i] : wide_bfloat16(narrow[i]);
-    }
+    if (h->bias)
+        for (size i = 0; i < many; i++) logits[i] += number_at(h->bias, first + i, h->parts == FLOAT_PARTS);
 #pragma omp simd reduction(max : best)
     for (size i = 0; i < many; i++) best = logits[i] > best ? logits[i] : best;
     if (best > seen->greatest) {
@@ -118,8 +123,9 @@ static void head_part(const Head *h, size first_row, size last_row, size first, 
 /* What was seen of a row in all parts, so far from each other, is put together. */
 static void conclude(const Head *h, size row, const Seen *seen, const float *sums, size apart, void *dx, float *loss,
                      int64_t *hit) {
-    const size target = h->targets[row], wide_row = padded(h->width);
-    Seen all = {LEAST_LOGIT, 0, -INFINITY, 0};
+    const size target = h->targets[row], width = h->width, wide_row = padded(width);
+    const int wide = h->parts == FLOAT_PARTS;
+    Seen all = NOTHING;
     float shares[SPLITS];
     for (int i = 0; i < SPLITS; i++) {
         const Seen own = seen[i * apart + row];
@@ -131,23 +137,22 @@ static void conclude(const Head *h, size row, const Seen *seen, const float *sum
         all.others += shares[i] * seen[i * apart + row].others;
     }
     const float total = all.others + power_of(all.own - all.greatest), inverse = 1 / total;
-    *loss = logf(total) + (all.greatest - all.own);
-    *hit = all.first == target;
-    if (!h->gradient) return;
-    const void *own = place(h->weight, target * h->width, h->parts == FLOAT_PARTS);
-    for (size j = 0; j < h->width; j++) {
+    *loss = all.own == all.greatest ? log1pf(all.others) : logf(total) + (all.greatest - all.own);
+    *hit = all.own == all.own && all.first == target;
+    for (size j = 0; h->gradient && j < width; j++) {
         float sum = 0;
         for (int i = 0; i < SPLITS; i++) sum += shares[i] * sums[(i * apart + row) * wide_row + j];
-        if (h->parts == FLOAT_PARTS)
-            ((float *)dx)[row * h->width + j] = (sum - all.others * ((const float *)own)[j]) * inverse;
+        sum -= all.others * number_at(h->weight, target * width + j, wide);
+        void *to = place(dx, row * width + j, wide);
+        if (wide)
+            *(float *)to = sum * inverse;
         else
-            ((bfloat16 *)dx)[row * h->width + j] =
-                narrow_bfloat16((sum - all.others * wide_bfloat16(((const bfloat16 *)own)[j])) * inverse);
+            *(bfloat16 *)to = narrow_bfloat16(sum * inverse);
     }
 }
 
-/* Losses and hits of rows, and, with a gradient, dx. Seen and sums have room for all parts, each with as many rows as a
-   multiple of 32, of which the last has no more than needed. */
+/* Losses and hits of rows, and, with a gradient, dx. Seen is [SPLITS, padded(rows)], sums [SPLITS, padded(rows),
+   padded(width)], or nothing without a gradient. */
 void head(const void *x, size rows, size width, const void *weight, size classes, const void *bias,
           const int64_t *targets, int gradient, float *losses, int64_t *hits, void *dx, Seen *seen, float *sums,
           bfloat16 *work, size of_work, int parts, int threads) {
@@ -156,6 +161,7 @@ void head(const void *x, size rows, size width, const void *weight, size classes
     size by_rows = threads; /* so that all threads have as much to do: threads / gcd(threads, SPLITS) */
     for (int i = 2; i <= SPLITS; i *= 2)
         if (by_rows % 2 == 0) by_rows /= 2;
+    by_rows = least(by_rows, blocks);
 #pragma omp parallel num_threads(threads)
     {
         begin_tiles();
@@ -166,8 +172,9 @@ void head(const void *x, size rows, size width, const void *weight, size classes
             const size last_row = least(SIDE * (blocks * (of_rows + 1) / by_rows), rows);
             Seen *own = seen + split * apart;
             float *own_sums = sums + split * apart * wide_row;
-            for (size row = first_row; row < last_row; row++) own[row] = (Seen){LEAST_LOGIT, 0, -INFINITY, 0};
-            if (gradient) memset(own_sums + first_row * wide_row, 0, (padded(last_row) - first_row) * wide_row * sizeof *sums);
+            for (size row = first_row; row < last_row; row++) own[row] = NOTHING;
+            for (size row = first_row; gradient && row < padded(last_row); row++)
+                memset(own_sums + row * wide_row, 0, wide_row * sizeof *sums);
             head_part(&h, first_row, last_row, SIDE * (panels * split / SPLITS),
                       least(SIDE * (panels * (split + 1) / SPLITS), classes), own, own_sums,
                       work + omp_get_thread_num() * of_work);

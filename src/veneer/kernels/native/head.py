@@ -11,17 +11,15 @@ from torch.utils.flop_counter import register_flop_formula
 from veneer.kernels.native import product, tiles
 from veneer.kernels.native.operations import address, operation, some_class
 
-_SPLITS = 4
-"""Parts that classes are gone through in, SPLITS in head.h."""
-_SEEN = 24
-"""Bytes that are kept of a row and part, of Seen in head.h."""
 
-suits = product.suits
+def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is a compiled form for these: x ``[n, d]``, as for products."""
+    return x.dim() == 2 and product.suits(x, weight, bias)
 
 
 def _made(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool) -> tuple[Tensor, ...]:
     losses, hits = x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.int64)
-    return losses, hits, x.new_empty(x.shape if gradient else 0)
+    return x.new_empty(x.shape if gradient else 0), losses, hits
 
 
 @operation(
@@ -30,24 +28,24 @@ def _made(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradi
 def head(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss ``[n]`` (float32) and hit of each row of ``x weightᵀ + bias``, and the gradient of the losses' sum by x
-    ``[n, d]``, which has no numbers unless it is asked for. All but targets are dense.
+    """The gradient of the losses' sum by x ``[n, d]``, which has no numbers unless it is asked for; loss (float32) and
+    hit of each row of ``x weightᵀ + bias``, ``[n]``. All but targets are dense.
 
     Raises:
         IndexError: a target is none of the classes.
     """
-    losses, hits, dx = _made(x, weight, bias, targets, gradient)
+    dx, losses, hits = _made(x, weight, bias, targets, gradient)
     targets = some_class(targets, len(weight))
-    rows, width = tiles.padded(len(x)), x.shape[1]
-    seen = x.new_empty(_SPLITS * rows * _SEEN, dtype=torch.uint8)
-    sums = x.new_empty(_SPLITS, rows if gradient else 0, tiles.padded(width), dtype=torch.float32)
+    width = x.shape[1]
+    seen = x.new_empty(tiles.function("head_seen_work", "n")(len(x)), dtype=torch.uint8)
+    sums = x.new_empty(tiles.function("head_sums_work", "nn")(len(x), width) if gradient else 0, dtype=torch.float32)
     work = tiles.work(x, "head_work", [width])
     tiles.function("head", "pnnpnppippppppnii")(
         address(x), len(x), width, address(weight), len(weight), address(bias), address(targets), gradient,
         address(losses), address(hits), address(dx), address(seen), address(sums), address(work), work.shape[1],
         tiles.PARTS[x.dtype], len(work),
     )  # fmt: skip
-    return losses, hits, dx
+    return dx, losses, hits
 
 
 @register_flop_formula(torch.ops.veneer.head)

@@ -22,6 +22,10 @@ static inline size least(size a, size b) { return a < b ? a : b; }
 /* The place of a number in an array of bfloat16, or float. */
 static inline void *place(const void *array, size at, int wide) { return (char *)array + (wide ? 4 : 2) * at; }
 
+static inline float number_at(const void *array, size at, int wide) {
+    return wide ? ((const float *)array)[at] : wide_bfloat16(((const bfloat16 *)array)[at]);
+}
+
 static inline __mmask32 first_of(size many) { return many >= 32 ? ~0u : many <= 0 ? 0 : (1u << many) - 1; }
 
 static inline __m512 low_of(__m512i x) { return _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(x)); }

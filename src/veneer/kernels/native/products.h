@@ -75,7 +75,7 @@ static inline void narrow_steps(const Left *left, const bfloat16 *panel) {
     _tile_dpbf16ps(2, 5, 6);                                                        \
     _tile_dpbf16ps(3, 5, 7);                                                        \
     for (int line = 16 * (sixth); line < 16 * (sixth) + 16; line++)                 \
-    _mm_prefetch((const char *)(right + FLOAT_PARTS * STEP + 32 * line), _MM_HINT_T0)
+        _mm_prefetch((const char *)(right + FLOAT_PARTS * STEP + 32 * line), _MM_HINT_T0)
 
 /* The small ones first, in an order that keeps one side of most. */
 static inline void float_steps(const Left *laid, const bfloat16 *right) {
