@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ENV := .venv
 BIN := $(ENV)/bin
+# Processes that tests run in, each with one thread and some 3 GB.
+WORKERS ?= 2
 READY := $(ENV)/.ready
 
 .PHONY: setup demo test test-all lint docs examples bench bench-cuda clean
@@ -21,7 +23,7 @@ demo: $(READY)
 	$(BIN)/veneer demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

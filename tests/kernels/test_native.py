@@ -256,6 +256,14 @@ def test_frozen_keeps_rows_apart() -> None:
 
 
 @tiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_corners(dtype: torch.dtype) -> None:
+    """Of a larger matrix, as methods have them that share one: its rows are further apart than they are long."""
+    weight = numbers(128, 160, seed=1)
+    as_near(lambda x: frozen_linear(x, weight.to(x.dtype)[:96, :64], None), [numbers(41, 64)], dtype, "product")
+
+
+@tiled
 def test_frozen_of_other_maps_is_left_to_torch() -> None:
     x, weight, bias = numbers(3, 64).float().requires_grad_(), numbers(32, 64).float(), numbers(32).float()
     expected = F.linear(x, weight, bias)

@@ -270,6 +270,17 @@ def test_our_own_products_have_their_own_rate() -> None:
     assert (machine().rates["float32"].ours is not None) == tiles.there()
 
 
+def test_a_step_has_a_pace_of_its_own() -> None:
+    rates = Rates(Products(1e12, 1e10), 1e-10, 2e-10, 5e-9)
+    place = Machine("a", 0, {"float32": rates}, 0.0, None, measured=True, paces={"float32": 1.5})
+    work = {Work("mul", 0, 80, 10, torch.float32): 1}
+    assert place.step(work, torch.float32) == pytest.approx(1.5 * place.seconds(work))
+    assert place.step(work, torch.bfloat16) == place.seconds(work)
+    found = machine(dtypes=(torch.bfloat16,))
+    assert set(found.paces) == {"float32", "bfloat16"}
+    assert all(0.3 < each < 10 for each in found.paces.values())
+
+
 def test_a_device_s_figures() -> None:
     found = machine("RTX 4090")
     assert found.memory == 24 << 30

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.deltas.base import Delta
+from veneer.kernels.frozen import frozen_linear
 from veneer.kernels.low_rank import add_low_rank, low_rank_linears
 
 
@@ -102,7 +103,7 @@ class ScaledLowRank(Delta):
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the change, without the products that gradients of the factors would take."""
         a, b, d, outer = (each.to(y.dtype) for each in (self.A, self.B, self.d, self.b))
-        return torch.addcmul(y, F.linear(F.linear(x, a) * d, b), outer)
+        return torch.addcmul(y, frozen_linear(frozen_linear(x, a, None) * d, b, None), outer)
 
     def changed(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `folded`."""

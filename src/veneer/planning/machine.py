@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -78,6 +78,7 @@ class Machine:
         watts: it draws when busy; None where nobody says.
         measured: whether the rates were measured, on this very machine.
         heap: whether what a step makes is on a processor's heap, which holds more than is alive.
+        paces: by name of a dtype, how long a step takes by the times of its operations alone; 1 where nobody measured.
     """
 
     name: str
@@ -87,10 +88,15 @@ class Machine:
     watts: float | None
     measured: bool
     heap: bool = False
+    paces: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Mapping[Work, float]) -> float:
-        """Of operations, each so many times."""
+        """Of operations, each so many times, as if each ran alone."""
         return max(sum(self._seconds(each) * times for each, times in work.items()), 0.0)
+
+    def step(self, work: Mapping[Work, float], dtype: torch.dtype) -> float:
+        """Seconds of a step of these operations, on a base of this dtype."""
+        return self.seconds(work) * self.paces.get(str(dtype).removeprefix("torch."), 1.0)
 
     def _seconds(self, work: Work) -> float:
         rates = self.rates.get(str(work.dtype).removeprefix("torch."), self.rates["float32"])

@@ -11,7 +11,6 @@ these weights, and one map at a time as it is dequantised.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,6 @@ from veneer.bases.quantized import KINDS as QUANTIZED
 from veneer.bases.quantized import chosen_maps, would_hold
 from veneer.bases.sites import ALL_LINEAR, SiteMap
 from veneer.errors import BaseError, ConfigError, VeneerError
-from veneer.kernels import native
 from veneer.methods import Method, methods
 from veneer.planning.machine import Machine, machine
 from veneer.tasks import Task
@@ -227,8 +225,7 @@ def plan(request: Request, begin: Begin = lambda name, left: None) -> Plan:
     for number, method in enumerate(wanted):
         begin(method.name, len(wanted) - number)
         try:
-            with contextlib.nullcontext() if place.measured else native.plain():  # no processor's forms elsewhere
-                rows.append(planner.row(method))
+            rows.append(planner.row(method))
         except VeneerError as error:
             left_out[method.name] = str(error)
     if not rows:
@@ -315,7 +312,7 @@ class _Planner:
         whole = stored >= self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
         weights = self.base["weight_bytes"][self.base["dtype"]]
         full = self.base["weight_bytes"][str(self.dtype).removeprefix("torch.")]
-        seconds = self.machine.seconds(step.work) * self._passes(batch)
+        seconds = self.machine.step(step.work, self.dtype) * self._passes(batch)
         return MethodPlan(
             method=method.name,
             settings=method.model_dump(mode="json"),

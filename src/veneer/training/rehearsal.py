@@ -179,7 +179,7 @@ class Rehearsal:
             for parameter in learned:
                 parameter.register_post_accumulate_grad_hook(lambda each: ledger.enter([each.grad], "gradients"))
             with ledger.phase("forward", "activations"):
-                loss = self._loss(adapter, inputs)
+                loss = self.loss(adapter, inputs)
             with ledger.phase("backward", "workspace"):
                 loss.backward()
             with ledger.phase("update", "workspace"):
@@ -188,7 +188,8 @@ class Rehearsal:
                 optimizer.step()
         return _step(ledger)
 
-    def _loss(self, adapter: Adapter, inputs: Mapping[str, Any]) -> Any:
+    def loss(self, adapter: Adapter, inputs: Mapping[str, Any]) -> Any:
+        """Of a batch, the mean over its items."""
         if self.task is None:
             return adapter(**inputs, use_cache=False).loss
         outcome = self.task.outcome(adapter, inputs)

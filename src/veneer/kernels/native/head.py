@@ -13,8 +13,8 @@ from veneer.kernels.native.operations import address, operation, some_class
 
 
 def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether there is a compiled form for these: x ``[n, d]``, as for products."""
-    return x.dim() == 2 and product.suits(x, weight, bias)
+    """Whether there is a compiled form for these: x ``[n, d]``, as for products; weight dense."""
+    return x.dim() == 2 and weight.is_contiguous() and product.suits(x, weight, bias)
 
 
 def _made(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool) -> tuple[Tensor, ...]:

@@ -277,9 +277,9 @@ static void share(const Product *products, int count, int thread, int threads, b
 }
 
 /* y = x right' + bias, or x right where that is [depth, columns]; y may be wide where the others are not. */
-void product(const void *x, size rows, size depth, const void *right, size columns, int by_depth, const void *bias,
-             void *y, int wide, bfloat16 *work, size of_work, int parts, int threads) {
-    const Term term = {x, depth, {right, by_depth ? columns : depth, depth, columns, parts == FLOAT_PARTS, by_depth}};
+void product(const void *x, size rows, size depth, const void *right, size of_right, size columns, int by_depth,
+             const void *bias, void *y, int wide, bfloat16 *work, size of_work, int parts, int threads) {
+    const Term term = {x, depth, {right, of_right, depth, columns, parts == FLOAT_PARTS, by_depth}};
     const Product only = {{term}, 1, parts, rows, columns, y, columns, wide, .bias = bias, .scale = 1};
 #pragma omp parallel num_threads(threads)
     {
