@@ -1,7 +1,7 @@
 """How fast this machine is: a few products and element-wise operations, and a small step, timed in some seconds.
 
 Operations in a step take longer than alone, over and over: what they read was written long ago, threads wait for each
-other, and Python runs between them. By how much differs between machines (1.07 and 1.5 were seen), so a step of LoRA on
+other, and Python runs between them. By how much differs between machines (1.02 to 2.07 was seen), so a step of LoRA on
 two layers is timed, too, and told by its operations: the ratio is the machine's *pace*.
 
 They are timed once in each process, and not kept for others: the same processor can be nearly twice as fast an hour
@@ -54,7 +54,7 @@ def this_machine(dtypes: Sequence[torch.dtype]) -> Machine:
     rates = {str(each).removeprefix("torch."): _rates(each, threads) for each in (*dtypes, torch.float32)}
     memory = available_memory(torch.device("cpu"))
     found = Machine(_name(), memory, rates, _overhead(), None, measured=True, heap=True)
-    return replace(found, paces={name: _pace(getattr(torch, name), threads, found) for name in rates})
+    return replace(found, paces={str(each).removeprefix("torch."): _pace(each, threads, found) for each in dtypes})
 
 
 @cache
