@@ -340,7 +340,8 @@ def test_resuming_keeps_the_record(data: Path, tiny_folder: Path, monkeypatch: p
     ("more", "message"),
     [
         ({"device": "gpu"}, "no device 'gpu'"),
-        ({"dtype": "float8"}, "'float8' is no dtype"),
+        ({"dtype": "float8"}, "dtype: should be 'auto', 'float32', 'bfloat16' or 'float16' .got 'float8'"),
+        ({"data.validation": "none"}, "data.validation: should be 0 for none"),
         ({"task.max_length": 1}, "task.max_length: .*greater than or equal to 2"),
         ({"train.trackers": "[nothing]"}, "train: .*nothing"),
         ({"data.validation": -1}, "data.validation"),

@@ -16,7 +16,7 @@ from helpers import command, tiny_llama, write_jsonl
 from veneer.adapters.files import RECORD
 from veneer.bases.known import KNOWN, Known
 from veneer.cli.steps import steps
-from veneer.errors import ConfigError, UnknownName
+from veneer.errors import BaseError, ConfigError, UnknownName
 from veneer.kernels.native import tiles
 from veneer.methods import method_class, methods
 from veneer.planning import Plan, Request, bases, plan
@@ -398,7 +398,7 @@ def test_the_pass_that_is_planned_is_the_one_a_run_is_forecast_by(tiny_folder: P
         (("--base", "llama-2-7b", "--methods", "lorra"), "Did you mean 'lora'"),
         (("--base", "llama-2-7b", "--labelled", "2"), "at most 1"),
         (("--base", "llama-2-7b", "--methods", "head", "--device", GPU), "Nothing to plan on llama-2-7b: head"),
-        (("--base", "gpt2", "dtype=int4", "--device", GPU), "no dtype to plan with"),
+        (("--base", "gpt2", "dtype=int4", "--device", GPU), "dtype: should be 'auto', 'float32'"),
         (("--base", "gpt2", "method.rnk=3"), "rank"),
     ],
 )
@@ -407,6 +407,11 @@ def test_bad_input(arguments: tuple[str, ...], said: str, capsys: pytest.Capture
     told = capsys.readouterr()
     assert said in told.err
     assert not told.out
+
+
+def test_a_dtype_that_is_none_to_plan_with() -> None:
+    with pytest.raises(BaseError, match="'int4' is no dtype to plan with; use auto, float32"):
+        plan(Request("gpt2", methods=[method_class("lora")()], dtype="int4", device=GPU))
 
 
 def test_advise_needs_something(capsys: pytest.CaptureFixture[str]) -> None:

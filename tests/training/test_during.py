@@ -575,16 +575,27 @@ def test_a_run_that_never_began_leaves_no_folder(
     assert COMPLETE not in capsys.readouterr().err
 
 
-def test_the_time_that_is_left_is_told_by_steps_alone(
+def test_speed_and_time_left_are_told_by_steps_alone(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
+    """Without the validation before them, and without the first one as soon as there are others: it warms up."""
+    now, tokens = 0.0, 0
     monkeypatch.setattr("veneer.training.progress.time.perf_counter", lambda: now)
-    progress = Progress(folder / "log.jsonl", lambda: 100)
+    progress = Progress(folder / "log.jsonl", lambda: tokens)
     state = SimpleNamespace(global_step=0, max_steps=4)
+
+    def step(seconds: float) -> str:
+        nonlocal now, tokens
+        progress.on_step_begin(None, state, None)
+        now, tokens, state.global_step = now + seconds, tokens + 100, state.global_step + 1
+        progress.on_log(None, state, None, {"loss": 1.0})
+        return capsys.readouterr().err
+
     progress.on_train_begin(None, state, None)
     now = 60.0
     progress.on_log(None, state, None, {"eval_loss": 1.0, "eval_runtime": 60.0})
-    now, state.global_step = 70.0, 1
-    progress.on_log(None, state, None, {"loss": 1.0})
-    assert "0:30 left" in capsys.readouterr().err
+    assert re.search(" 10 tokens/s .*0:30 left", step(10))
+    assert re.search(" 50 tokens/s .*0:04 left", step(2))
+    now += 5
+    progress.on_log(None, state, None, {"eval_loss": 1.0, "eval_runtime": 5.0})
+    assert re.search(" 25 tokens/s .*0:06 left", step(6))  # 8 s of steps, and 5 for a validation, that may come again

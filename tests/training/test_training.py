@@ -215,18 +215,22 @@ def test_parts_are_without_padding_they_do_not_need() -> None:
 def test_rows_of_uneven_length_in_parts_give_the_same_weights(tiny_folder: Path) -> None:
     rows = [{"prompt": "say " + "more " * (7 * number % 11), "completion": "yes"} for number in range(16)]
     states = []
+    padding = []
     widths: list[set[int]] = []
     for tokens in (0, 100):
         adapter = tiny(tiny_folder)
-        seen: set[int] = set()
+        seen: list[torch.Size] = []
         adapter.base.model.register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape), with_kwargs=True
         )
         settings = {"validation": 0, "epochs": 1, "group_by_length": False, "pass_tokens": tokens}
-        veneer.train(adapter, rows, **settings)  # type: ignore[arg-type]
+        result = veneer.train(adapter, rows, **settings)  # type: ignore[arg-type]
+        assert result.padding == pytest.approx(1 - result.tokens / sum(shape.numel() for shape in seen))
         states.append(state(adapter))
-        widths.append(seen)
+        widths.append({shape[1] for shape in seen})
+        padding.append(result.padding)
     assert len(widths[1]) > len(widths[0])
+    assert 0 < padding[1] < padding[0]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
 
 

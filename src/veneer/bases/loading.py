@@ -161,7 +161,7 @@ def _dtype(asked: torch.dtype | str, settings: Any, device: torch.device) -> tor
         return asked
     if asked != "auto":
         found = getattr(torch, asked, None)
-        if not isinstance(found, torch.dtype):
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise BaseError(f"{asked!r} is no dtype; use auto, float32, bfloat16 or float16.")
         return found
     stored = getattr(settings, "dtype", None) or torch.float32

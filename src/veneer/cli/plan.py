@@ -146,12 +146,14 @@ def show(found: Plan, advice: Advice) -> None:
     console.print(table(heads, [_cells(row) for row in found.methods]))
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
-    notes = [*found.notes, "train, serve: peak memory; rows: the largest pass that fits, about"]
+    notes = [*found.notes, "train, serve: peak memory of tensors, beside some 0.6 GB of Python and its libraries"]
+    notes += ["rows: the largest pass that fits, about"]
     if request.data is not None:
         notes += ["step: of the optimiser, its rows of average length; run: all steps, validations apart"]
     if any(row.copies for row in found.methods):
         notes += ["file of a full fine-tuning: float32; its variants: copies in the base's dtype"]
-    notes += [] if found.machine.measured else ["times by public figures, not measured"]
+    how = "at this machine's rates, measured just now" if found.machine.measured else "by public figures, not measured"
+    notes += [f"times {how}"]
     notes += ["quantised weights counted analytically"] if request.quantize else []
     console.print("\n".join(notes), style="dim")
     show_advice(advice)

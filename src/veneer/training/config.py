@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_validator
 
 from veneer.bases.quantized import Kind
 from veneer.data.report import MAX_TRUNCATED
@@ -78,6 +78,13 @@ class DataSettings(BaseModel):
     max_truncated: float = Field(MAX_TRUNCATED, ge=0, le=1)
     """Share of the rows that may be cut at task.max_length, or left out because of it; more is an error."""
 
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _none_is_a_number(cls, validation: Any) -> Any:
+        if validation in (None, "none", "None", "null"):
+            raise ValueError("should be 0 for none")
+        return validation
+
 
 class RunConfig(BaseModel):
     """Everything a training run needs."""
@@ -105,7 +112,7 @@ class RunConfig(BaseModel):
     """How to train."""
     distill: DistillSettings | None = None
     """Learn from a teacher, too."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base: auto, float32, bfloat16, float16."""
     quantize: Kind | None = None
     """Keep the base's linear maps in few bits (QLoRA): nf4 (4.1 bits a weight) or int8 (8 bits)."""

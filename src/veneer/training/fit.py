@@ -35,6 +35,7 @@ class Result:
         steps: optimiser steps done in all.
         seconds: it took, validations included; and what was logged of it before an interruption.
         tokens: seen in training, padding not counted; likewise.
+        padding: share of what was computed that was none of them, but padding; since the run last went on.
         trainable: numbers trained.
         trainable_share: the same as a share of the base's parameters.
         adapter_bytes: of what the adapter's files hold.
@@ -51,6 +52,7 @@ class Result:
     steps: int
     seconds: float
     tokens: int
+    padding: float
     trainable: int
     trainable_share: float
     adapter_bytes: int
@@ -144,6 +146,7 @@ def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress
         steps=state.global_step,
         seconds=progress.seconds,
         tokens=progress.tokens,
+        padding=1 - trainer.tokens_seen / max(trainer.places_seen, 1),
         trainable=trained,
         trainable_share=adapter.share(trained),
         adapter_bytes=adapter.nbytes,

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@dataclass(frozen=True)
+class _Since:
+    """What speed is measured from: what had been done at that moment."""
+
+    step: int
+    moment: float
+    tokens: int = 0
+    evaluating: float = 0.0
+    warming: bool = True
+
+
 class Progress(transformers.TrainerCallback):
     """Prints a line at each log and each validation, and appends both to ``log.jsonl``."""
 
@@ -72,13 +84,19 @@ class Progress(transformers.TrainerCallback):
         if resumed_at is not None:
             write_text(log, "".join(json.dumps(entry) + "\n" for entry in self.history))
         self._started = time.perf_counter()
-        self._first_step = 0
         self._evaluating = 0.0
-        self._before = 0.0
+        self._since = _Since(0, self._started)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._started, self._first_step = time.perf_counter(), state.global_step
+        self._started = time.perf_counter()
+        self._since = _Since(state.global_step, self._started)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure anew from the second step on: the first one pays for warming up, too."""
+        done = state.global_step - self._since.step
+        if self._since.warming and done <= 1:
+            self._since = _Since(state.global_step, time.perf_counter(), self.tokens_seen(), self._evaluating, not done)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what is logged, and print it."""
@@ -87,8 +105,6 @@ class Progress(transformers.TrainerCallback):
             return
         if "eval_loss" in entry:
             self._evaluating += entry.get("eval_runtime", 0.0)
-            if state.global_step == self._first_step:
-                self._before = self._evaluating
             console.print(f"[bold]{self._validation(entry)}[/bold]")
         elif "loss" in entry:
             entry["tokens_per_second"] = round(self._tokens_per_second(), 1)
@@ -111,11 +127,12 @@ class Progress(transformers.TrainerCallback):
         return self.seconds_before + time.perf_counter() - self._started
 
     def _tokens_per_second(self) -> float:
-        return self.tokens_seen() / max(time.perf_counter() - self._started - self._evaluating, 1e-9)
+        seconds = time.perf_counter() - self._since.moment - (self._evaluating - self._since.evaluating)
+        return (self.tokens_seen() - self._since.tokens) / max(seconds, 1e-9)
 
     def _step(self, entry: Mapping[str, Any], state: Any) -> str:
-        done = state.global_step - self._first_step
-        a_step = (time.perf_counter() - self._started - self._before) / max(done, 1)
+        done = state.global_step - self._since.step
+        a_step = (time.perf_counter() - self._since.moment) / max(done, 1)
         left = a_step * (state.max_steps - state.global_step)
         width = len(str(state.max_steps))
         penalty = f"penalty {entry['penalty']:.4f}  " if "penalty" in entry else ""

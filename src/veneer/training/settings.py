@@ -62,7 +62,7 @@ class TrainSettings(BaseModel):
     """Any of transformers' optimisers. `adamw_8bit` keeps AdamW's moments in 8 bits (bitsandbytes), `paged_adamw_8bit`
     also moves them to main memory where a GPU has too little."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about half again the time."""
     group_by_length: bool = True
     """Put rows of like length into a batch: less padding."""
     evaluate_every: int | None = Field(None, ge=1)

@@ -69,7 +69,7 @@ class Trainer(transformers.Trainer):
         self.task = task
         self.pass_tokens = pass_tokens
         self.distillation = distillation
-        self.tokens_seen = 0
+        self.tokens_seen = self.places_seen = 0
         self._rows_of_step: list[int] = []
         self.save_seconds = 0.0  # that the last checkpoint took
         self._penalties: dict[int, list[float]] = {}  # of the steps since the last log
@@ -165,6 +165,7 @@ class Trainer(transformers.Trainer):
         """
         batch, rows = _split(inputs)
         self.tokens_seen += int(batch["attention_mask"].sum())
+        self.places_seen += batch["attention_mask"].numel()
         with self._told(model, inputs[TASK]):
             outcome = (self.distillation or self.task).outcome(model, batch)
         if not torch.isfinite(outcome.loss):
