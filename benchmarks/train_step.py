@@ -5,7 +5,7 @@
 
 A step is 4 × 256 random tokens, half or all of them labelled: forward, loss, backward, AdamW. Each variant runs in a
 process of its own, all of a group one after the other in turns, veneer's before each of its peers'; a row holds the
-ratio of the medians of such pairs.
+ratio of the medians of such pairs. All rows take three quarters of an hour.
 
     peft-default  the same adapter, with the same weights, in peft as its documentation has it: adapter in float32
     peft-best     the best of peft's adapter in float32 or the base's dtype, compiled or not, the batch whole or halved
@@ -14,7 +14,8 @@ ratio of the medians of such pairs.
 
 All run on the GPU where there is one. Memory is the most a process holds during steps (resident, or on the GPU), above
 that with the base loaded and run on a few tokens. All begin as `veneer train` does, without
-glibc's thread caches of small blocks. `time_ratio` is peer / veneer, `memory_ratio` veneer / peer.
+glibc's thread caches of small blocks. The table's first ratio is that of times, peer / veneer (`time_ratio`), the
+second that of memory, veneer / peer (`memory_ratio`).
 """
 
 from __future__ import annotations
@@ -311,16 +312,18 @@ def profile(variant: Variant, threads: int) -> dict[str, float]:
 
 
 def kind_of(operation: str, sizes: set[Any]) -> str:
-    """What an operation belongs to, by its name and the sizes in its inputs' shapes."""
-    if 49152 in sizes or "CrossEntropy" in operation or operation == "veneer::head":
+    """What an operation belongs to, by its name and the sizes in its inputs' shapes; the first that fits."""
+    vocabulary, rank = 49152, SETTINGS["lora"]["rank"]
+    scores = {768, 66}  # queries of a group of three heads; a head's width and two sums beside it
+    if vocabulary in sizes or "CrossEntropy" in operation or operation == "veneer::head":
         return "head"
     if operation.startswith("veneer::low_rank_linears"):  # by tiles both are one operation
         return "base products and adapter"
-    if re.search("[Nn]orm|gated|Gated|silu", operation):
+    if re.search("rms_norm|RMSNorm|gated|Gated|silu", operation):
         return "norms and gates"
-    if re.search("ttention|otary", operation) or 768 in sizes or 66 in sizes:
+    if re.search("ttention|otary", operation) or scores & sizes:
         return "attention"
-    if 16 in sizes or "LowRank" in operation:
+    if rank in sizes or "LowRank" in operation:
         return "adapter"
     if operation in ("aten::mm", "aten::addmm", "veneer::product"):
         return "base products"
@@ -328,11 +331,12 @@ def kind_of(operation: str, sizes: set[Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join(SETTINGS), help="separated by commas")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the base, separated by commas")
-    parser.add_argument("--labelled", default=",".join(LABELLED), help="how many of the tokens, separated by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of steps a row")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    several = "separated by commas; by default %(default)s"
+    parser.add_argument("--methods", default=",".join(SETTINGS), help=several)
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of the base, {several}")
+    parser.add_argument("--labelled", default=",".join(LABELLED), help=f"how many of the tokens, {several}")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of steps a row, by default %(default)s")
     parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="of each process")
     parser.add_argument("--json", action="store_true", help="print one list of rows at the end instead of a table")
     parser.add_argument("--profile", action="store_true", help="tell where veneer's own step spends its time, only")
@@ -342,14 +346,16 @@ def main() -> None:
         if unknown := set(given) - set(known):
             parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
     rows: list[dict[str, Any]] = []
-    if not options.json and not options.profile:
-        print(f"{'method':<9}{'dtype':<10}{'labelled':<9}{'peer':<13}{'ours':>8}{'peer':>8}{'ratio':>7}", end="")
-        print(f"{'memory':>9}{'peer':>9}{'ratio':>7}")
+    if options.profile:
+        found = [Variant(VENEER, *each) for each in itertools.product(*chosen)]
+        told = [{**asdict(own), "profile": alone(profile, own, options.threads)} for own in found]
+        print(json.dumps(told, indent=2))
+        return
+    if not options.json:
+        print(f"{'method':<9}{'dtype':<10}{'labelled':<9}{'peer':<13}{'ours':>8}{'peer':>8}{'time':>7}", end="")
+        print(f"{'ours':>9}{'peer':>9}{'memory':>7}")
     for method, dtype, labelled in itertools.product(*chosen):
         own = Variant(VENEER, method, dtype, labelled)
-        if options.profile:
-            print(json.dumps({**asdict(own), "profile": alone(profile, own, options.threads)}, indent=2))
-            continue
         for row in compared(own, peers_of(own, options.threads), options.rounds, options.threads):
             rows.append(row)
             if not options.json:
@@ -359,7 +365,7 @@ def main() -> None:
                     f"{row['peer_memory'] / 1e9:>7.2f}GB{row['memory_ratio']:>7.2f}",
                     flush=True,
                 )
-    if options.json and not options.profile:
+    if options.json:
         print(json.dumps(rows, indent=2))
 
 

@@ -32,8 +32,9 @@ def test_folder_and_dtype(tmp_path: Path) -> None:
     assert veneer.load_base(tmp_path).dtype == torch.float32
     half = veneer.load_base(tmp_path, dtype="bfloat16")
     assert half.dtype == torch.bfloat16
-    with pytest.raises(BaseError, match="'bf15' is no dtype"):
-        veneer.load_base(tmp_path, dtype="bf15")
+    for wrong in ("bf15", "int8"):
+        with pytest.raises(BaseError, match=f"'{wrong}' is no dtype"):
+            veneer.load_base(tmp_path, dtype=wrong)
 
 
 def test_fingerprint_ignores_dtype_and_head_but_not_weights(tmp_path: Path) -> None:

@@ -409,7 +409,7 @@ def test_bad_input(arguments: tuple[str, ...], said: str, capsys: pytest.Capture
     assert not told.out
 
 
-def test_a_dtype_that_is_none_to_plan_with() -> None:
+def test_a_dtype_that_cannot_be_planned() -> None:
     with pytest.raises(BaseError, match="'int4' is no dtype to plan with; use auto, float32"):
         plan(Request("gpt2", methods=[method_class("lora")()], dtype="int4", device=GPU))
 

@@ -575,27 +575,33 @@ def test_a_run_that_never_began_leaves_no_folder(
     assert COMPLETE not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("resumed_at", [None, 2])
 def test_speed_and_time_left_are_told_by_steps_alone(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    resumed_at: int | None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the validation before them, and without the first one as soon as there are others: it warms up."""
+    """Without validations, samples and checkpoints; and without the first step as soon as there are others."""
     now, tokens = 0.0, 0
+    log = folder / "log.jsonl"
+    log.write_text('{"step": 2, "tokens": 50, "places": 80, "seconds": 7}\n')
     monkeypatch.setattr("veneer.training.progress.time.perf_counter", lambda: now)
-    progress = Progress(folder / "log.jsonl", lambda: tokens)
-    state = SimpleNamespace(global_step=0, max_steps=4)
+    progress = Progress(log, lambda: (tokens, 2 * tokens), resumed_at)
+    state = SimpleNamespace(global_step=resumed_at or 0, max_steps=4 + (resumed_at or 0))
 
     def step(seconds: float) -> str:
         nonlocal now, tokens
         progress.on_step_begin(None, state, None)
         now, tokens, state.global_step = now + seconds, tokens + 100, state.global_step + 1
+        progress.on_step_end(None, state, None)
+        now += 3  # a checkpoint
         progress.on_log(None, state, None, {"loss": 1.0})
         return capsys.readouterr().err
 
     progress.on_train_begin(None, state, None)
-    now = 60.0
     progress.on_log(None, state, None, {"eval_loss": 1.0, "eval_runtime": 60.0})
+    now = 90.0  # with samples
     assert re.search(" 10 tokens/s .*0:30 left", step(10))
     assert re.search(" 50 tokens/s .*0:04 left", step(2))
-    now += 5
+    now += 50
     progress.on_log(None, state, None, {"eval_loss": 1.0, "eval_runtime": 5.0})
-    assert re.search(" 25 tokens/s .*0:06 left", step(6))  # 8 s of steps, and 5 for a validation, that may come again
+    assert re.search(" 25 tokens/s .*0:04 left", step(6))
+    assert (progress.tokens, progress.places, progress.seconds) == ((350, 680, 174) if resumed_at else (300, 600, 167))

@@ -146,8 +146,8 @@ def show(found: Plan, advice: Advice) -> None:
     console.print(table(heads, [_cells(row) for row in found.methods]))
     for name, why in found.left_out.items():
         console.print(f"left out: {name}: {why.splitlines()[0]}", markup=False, style="dim")
-    notes = [*found.notes, "train, serve: peak memory of tensors, beside some 0.6 GB of Python and its libraries"]
-    notes += ["rows: the largest pass that fits, about"]
+    besides = "; besides that, Python and its libraries hold some 0.6 GB" if found.machine.heap else ""
+    notes = [*found.notes, f"train, serve: peak memory of tensors{besides}", "rows: the largest pass that fits, about"]
     if request.data is not None:
         notes += ["step: of the optimiser, its rows of average length; run: all steps, validations apart"]
     if any(row.copies for row in found.methods):

@@ -80,7 +80,7 @@ class DataSettings(BaseModel):
 
     @field_validator("validation", mode="before")
     @classmethod
-    def _none_is_a_number(cls, validation: Any) -> Any:
+    def _zero_for_none(cls, validation: Any) -> Any:
         if validation in (None, "none", "None", "null"):
             raise ValueError("should be 0 for none")
         return validation

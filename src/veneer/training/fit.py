@@ -35,7 +35,7 @@ class Result:
         steps: optimiser steps done in all.
         seconds: it took, validations included; and what was logged of it before an interruption.
         tokens: seen in training, padding not counted; likewise.
-        padding: share of what was computed that was none of them, but padding; since the run last went on.
+        padding: share of what was computed that was none of them, but padding; likewise.
         trainable: numbers trained.
         trainable_share: the same as a share of the base's parameters.
         adapter_bytes: of what the adapter's files hold.
@@ -95,7 +95,8 @@ def fit(
             tell_trained(adapter)
     train_set, validation = checked.prepared[TRAINING], checked.prepared.get(VALIDATION)
     arguments = _arguments(adapter, settings, output, len(train_set.examples), validation is not None, resume)
-    progress = Progress(output / LOG, lambda: trainer.tokens_seen, step_of(resume) if resume else None)
+    resumed_at = step_of(resume) if resume else None
+    progress = Progress(output / LOG, lambda: (trainer.tokens_seen, trainer.places_seen), resumed_at)
     patience, overfitting = Patience(settings.patience or 0), Overfitting(settings.keep_best)
     interruption = Interruption()
     watching: list[Any] = [progress, RunningAway(), interruption, Pace(base.device, console), *callbacks]
@@ -146,7 +147,7 @@ def _result(adapter: Adapter, trained: int, trainer: Trainer, progress: Progress
         steps=state.global_step,
         seconds=progress.seconds,
         tokens=progress.tokens,
-        padding=1 - trainer.tokens_seen / max(trainer.places_seen, 1),
+        padding=1 - progress.tokens / progress.places if progress.places else 0.0,
         trainable=trained,
         trainable_share=adapter.share(trained),
         adapter_bytes=adapter.nbytes,

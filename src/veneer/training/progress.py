@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,43 +59,45 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-@dataclass(frozen=True)
-class _Since:
-    """What speed is measured from: what had been done at that moment."""
-
-    step: int
-    moment: float
-    tokens: int = 0
-    evaluating: float = 0.0
-    warming: bool = True
-
-
 class Progress(transformers.TrainerCallback):
-    """Prints a line at each log and each validation, and appends both to ``log.jsonl``."""
+    """Prints a line at each log and each validation, and appends both to ``log.jsonl``.
 
-    def __init__(self, log: Path, tokens_seen: Callable[[], int], resumed_at: int | None = None) -> None:
+    Args:
+        log: the file.
+        seen: tokens the run has met by now, and places it computed, padding among them.
+        resumed_at: the step that an interrupted run goes on from.
+    """
+
+    def __init__(self, log: Path, seen: Callable[[], tuple[int, int]], resumed_at: int | None = None) -> None:
         self.log = log
-        self.tokens_seen = tokens_seen
+        self._seen = seen
         self.history = _entries(log, resumed_at) if resumed_at is not None else []
-        before = [entry for entry in self.history if "tokens" in entry][-1:]
-        self.tokens_before = before[0]["tokens"] if before else 0
-        self.seconds_before = before[0]["seconds"] if before else 0.0
+        before: Mapping[str, Any] = next((entry for entry in reversed(self.history) if "tokens" in entry), {})
+        self._tokens_before = before.get("tokens", 0)
+        self._places_before = before.get("places", self._tokens_before)
+        self._seconds_before = before.get("seconds", 0.0)
         if resumed_at is not None:
             write_text(log, "".join(json.dumps(entry) + "\n" for entry in self.history))
-        self._started = time.perf_counter()
-        self._evaluating = 0.0
-        self._since = _Since(0, self._started)
+        self._started = self._began = time.perf_counter()
+        self._steps = self._timed = 0
+        self._spent, self._met, self._met_before = 0.0, 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
-        self._since = _Since(state.global_step, self._started)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure anew from the second step on: the first one pays for warming up, too."""
-        done = state.global_step - self._since.step
-        if self._since.warming and done <= 1:
-            self._since = _Since(state.global_step, time.perf_counter(), self.tokens_seen(), self._evaluating, not done)
+        """Start the watch."""
+        self._began, self._met_before = time.perf_counter(), self._seen()[0]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it. The first step pays for warming up, too: it counts only as long as it is the only one."""
+        self._steps += 1
+        if self._steps == 2:
+            self._spent, self._met, self._timed = 0.0, 0, 0
+        self._spent += time.perf_counter() - self._began
+        self._met += self._seen()[0] - self._met_before
+        self._timed += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Record what is logged, and print it."""
@@ -104,12 +105,11 @@ class Progress(transformers.TrainerCallback):
         if "train_runtime" in entry:
             return
         if "eval_loss" in entry:
-            self._evaluating += entry.get("eval_runtime", 0.0)
             console.print(f"[bold]{self._validation(entry)}[/bold]")
         elif "loss" in entry:
-            entry["tokens_per_second"] = round(self._tokens_per_second(), 1)
+            entry["tokens_per_second"] = round(self._met / max(self._spent, 1e-9), 1)
             entry["peak_memory"] = peak_memory()
-            entry["tokens"] = self.tokens
+            entry["tokens"], entry["places"] = self.tokens, self.places
             entry["seconds"] = round(self.seconds, 3)
             console.print(self._step(entry, state))
         self.history.append(entry)
@@ -119,21 +119,20 @@ class Progress(transformers.TrainerCallback):
     @property
     def tokens(self) -> int:
         """Seen so far, before an interruption too (as far as it was logged)."""
-        return self.tokens_before + self.tokens_seen()
+        return self._tokens_before + self._seen()[0]
+
+    @property
+    def places(self) -> int:
+        """Computed so far, padding among them; likewise."""
+        return self._places_before + self._seen()[1]
 
     @property
     def seconds(self) -> float:
         """Trained so far, likewise."""
-        return self.seconds_before + time.perf_counter() - self._started
-
-    def _tokens_per_second(self) -> float:
-        seconds = time.perf_counter() - self._since.moment - (self._evaluating - self._since.evaluating)
-        return (self.tokens_seen() - self._since.tokens) / max(seconds, 1e-9)
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _step(self, entry: Mapping[str, Any], state: Any) -> str:
-        done = state.global_step - self._since.step
-        a_step = (time.perf_counter() - self._since.moment) / max(done, 1)
-        left = a_step * (state.max_steps - state.global_step)
+        left = self._spent / max(self._timed, 1) * (state.max_steps - state.global_step)
         width = len(str(state.max_steps))
         penalty = f"penalty {entry['penalty']:.4f}  " if "penalty" in entry else ""
         return (

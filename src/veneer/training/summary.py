@@ -28,8 +28,8 @@ def header(adapter: Adapter, task: Task) -> None:
 def summary(adapter: Adapter, result: Result, output: Path) -> None:
     """Print what was trained, learned, forgotten and saved, and what to do next."""
     lines = [
-        f"trained    {result.steps} steps, {result.tokens:,} tokens (and {result.padding:.0%} padding) in "
-        f"{duration(result.seconds)}, at most {size(result.peak_memory)} of memory"
+        f"trained    {result.steps} steps, {result.tokens:,} tokens in {duration(result.seconds)}, at most "
+        f"{size(result.peak_memory)} of memory; {result.padding:.0%} of what was computed was padding"
     ]
     if result.before and result.after:
         lines.append(f"learned    {_changes(result.before, result.after)}  (validation, at step {result.best_step})")
